@@ -19,13 +19,14 @@ class Denoiser:
 
     `walk(conditions, seeds)` is a generator function: for a batch of conditions (prompts, class labels, ...) and one seed per
     condition it yields the network's named inputs, is sent the network's output (which it must not change in place) and returns the final latents
-    [batch, ...]. It is deterministic: sent the same outputs it yields the same inputs. Every batch yields the same timesteps.
+    [batch, ...]. It is deterministic: sent the same outputs it yields the same inputs. Every walk makes one call per entry of `timesteps`.
     A Denoiser never calls the network itself inside `walk`, so the same walk drives float, simulated and exported networks.
     """
 
     network: nn.Module  # in eval mode, float32
     call: Callable[[nn.Module, Inputs], Tensor]  # (network, named inputs) -> output
     walk: Callable[[Sequence[Any], Sequence[int]], Walk]
+    timesteps: tuple[float, ...]  # of the calls of one walk, in order; a scheduler may call one twice (PNDM)
     dynamic_axes: Mapping[str, Mapping[int, str]]  # every input in call order -> {axis: symbolic name}; {} where all is fixed
     timestep: str = "timestep"  # the name of the rank-0 float32 input that tells the step
     output: str = "out_sample"
