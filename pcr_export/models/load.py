@@ -1,0 +1,271 @@
+"""From a name, a folder or a hub id to a float32 pipeline: safetensors only, no code from outside, one line where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import CatalogEntry, fill_in, read_json, read_model_index, resolve
+from pcr_export.models.denoiser import Denoiser
+from pcr_export.models.pipelines import Pipeline, denoiser_from_pipeline
+
+WEIGHT_STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+CONFIGS = {
+    **dict.fromkeys(WEIGHT_STEMS, ("config.json",)),
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("vocab.json", "merges.txt"),
+    "tokenizer_2": ("vocab.json", "merges.txt"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A pipeline in memory with the settings it is sampled with; no field of `entry` that sampling needs is None."""
+
+    entry: CatalogEntry
+    pipeline: Pipeline
+
+    def denoiser(self, *, negative_prompt: str = "") -> Denoiser:
+        """The Denoiser of this model at its entry's settings."""
+        entry = self.entry
+        if (
+            entry.num_inference_steps is None
+            or entry.guidance_scale is None
+            or entry.height is None
+            or entry.width is None
+        ):
+            raise ValueError(f"the settings of {entry.name} are not complete: load it with load_model")
+        return denoiser_from_pipeline(
+            self.pipeline,
+            num_inference_steps=entry.num_inference_steps,
+            guidance_scale=entry.guidance_scale,
+            height=entry.height,
+            width=entry.width,
+            negative_prompt=negative_prompt,
+        )
+
+
+def load_model(entry: CatalogEntry) -> LoadedModel:
+    """Load the pipeline of `entry` and fill in the settings that it leaves open.
+
+    Raises:
+        PcrExportError: as `load_pipeline` does.
+    """
+    pipeline = load_pipeline(entry)
+    filled = fill_in(
+        entry,
+        class_name=type(pipeline).__name__,
+        sample_size=_sample_size(pipeline) * pipeline.vae_scale_factor,
+        few_steps=type(pipeline.scheduler).__name__ == "LCMScheduler"
+        or pipeline.unet.config.time_cond_proj_dim is not None,
+    )
+    return LoadedModel(entry=filled, pipeline=pipeline)
+
+
+def load_denoiser(model: str, *, negative_prompt: str = "") -> Denoiser:
+    """The Denoiser of a catalog name, a pipeline folder or a hub id, at the settings of its catalog entry or class.
+
+    Raises:
+        PcrExportError: as `resolve` and `load_pipeline` do.
+    """
+    return load_model(resolve(model)).denoiser(negative_prompt=negative_prompt)
+
+
+def load_pipeline(entry: CatalogEntry) -> Pipeline:
+    """The pipeline of `entry`, float32, in eval mode, without safety checker, with the entry's scheduler and UNet where it has them.
+
+    Raises:
+        PcrExportError: the hub does not give it, a file is missing or damaged, or the pipeline is of another class.
+    """
+    folder = Path(entry.source) if entry.is_local else _fetch(entry)
+    check_folder(folder)
+    pipeline = _read_pipeline(folder)
+    if entry.unet is not None:
+        pipeline.register_modules(unet=_read_unet(entry.unet, entry))
+    if entry.scheduler is not None:
+        pipeline.register_modules(scheduler=make_scheduler(entry.scheduler, pipeline.scheduler))
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.float().eval().requires_grad_(False)
+    return pipeline
+
+
+def make_scheduler(name: str, like: Any) -> Any:
+    """A scheduler of diffusers by its class name, with the noise schedule of the scheduler `like`.
+
+    Raises:
+        PcrExportError: diffusers has no such scheduler, or it is none that `like` can stand in for.
+    """
+    compatible = sorted({cls.__name__ for cls in like.compatibles} | {"LCMScheduler"})
+    if name not in compatible:
+        raise PcrExportError(
+            f"scheduler {name!r} can't replace {type(like).__name__}: choose one of {', '.join(compatible)}"
+        )
+    scheduler: Any = getattr(diffusers, name)
+    return scheduler.from_config(like.config)
+
+
+def check_folder(folder: Path) -> None:
+    """Look at every file that loading will read, so that a bad one is named.
+
+    Raises:
+        PcrExportError: naming the component or file that is missing or damaged, or the weights that are no safetensors.
+    """
+    index = read_model_index(folder)
+    for component, files in CONFIGS.items():
+        if component not in index:
+            continue
+        library = index[component][0] if isinstance(index[component], list) else None
+        if library not in ("diffusers", "transformers"):
+            raise PcrExportError(
+                f"{folder} has no {component} that diffusers or transformers can load: see its model_index.json"
+            )
+        for name in files:
+            path = folder / component / name
+            if not path.is_file():
+                raise PcrExportError(f"{path} is missing: fetch the folder again")
+            if path.suffix == ".json":
+                read_json(path)
+        if component in WEIGHT_STEMS:
+            _check_weights(folder / component, WEIGHT_STEMS[component], weight_variant(folder))
+
+
+def weight_variant(folder: Path) -> str | None:
+    """The variant (fp16) whose weights a folder holds; None for plain ones or none at all."""
+    stem = WEIGHT_STEMS["unet"]
+    if any((folder / "unet").glob(f"{stem}.safetensors")) or any((folder / "unet").glob(f"{stem}-0*.safetensors")):
+        return None
+    return "fp16" if any((folder / "unet").glob(f"{stem}.fp16*.safetensors")) else None
+
+
+def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
+    suffix = f".{variant}" if variant else ""
+    shards = folder / f"{stem}.safetensors.index{suffix}.json"
+    plain = f"{stem}{suffix}.safetensors"
+    names = set(read_json(shards).get("weight_map", {}).values()) if shards.is_file() else {plain}
+    for name in sorted(names):
+        path = folder / name
+        if path.is_file():
+            _check_safetensors(path)
+            continue
+        if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
+            raise PcrExportError(
+                f"{folder} holds pickled weights (.bin or .ckpt), which are not read: "
+                "load the pipeline with diffusers and save it with save_pretrained(..., safe_serialization=True)"
+            )
+        raise PcrExportError(f"{path} is missing: fetch the folder again")
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, "numpy") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise PcrExportError(f"{path} is damaged ({error}): fetch it again") from error
+
+
+def _read_pipeline(folder: Path) -> Pipeline:
+    index = read_model_index(folder)
+    # The safety checker is no part of what is exported; leaving it out saves reading 1.2 GB.
+    unused: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    options = {name: value for name, value in unused.items() if name in index}
+    if "safety_checker" in index:
+        options["requires_safety_checker"] = False
+    try:
+        with _quiet():
+            pipeline: Pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
+                folder,
+                use_safetensors=True,
+                variant=weight_variant(folder),
+                local_files_only=True,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise PcrExportError(
+            f"{folder} can't be loaded as a {index['_class_name']} ({_first_line(error)}): fetch it again"
+        ) from error
+    return pipeline
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of reading what is already here, and the libraries' warnings about it."""
+    loggers = (diffusers_logging, transformers_logging)
+    before = [(logger.is_progress_bar_enabled(), logger.get_verbosity()) for logger in loggers]
+    for logger in loggers:
+        logger.disable_progress_bar()
+        logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logger, (bars, verbosity) in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+            if bars:
+                logger.enable_progress_bar()
+
+
+def _fetch(entry: CatalogEntry) -> Path:
+    if not entry.is_hub_id:
+        raise PcrExportError(f"{entry.name}: its folder {entry.source} is missing: install the package again")
+    try:
+        with _quiet():
+            folder = DiffusionPipeline.download(
+                entry.source,
+                use_safetensors=True,
+                revision=entry.revision,
+                variant=entry.variant,
+                safety_checker=None,
+                feature_extractor=None,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreachable(entry, entry.source, error) from error
+    return Path(folder)
+
+
+def _read_unet(hub_id: str, entry: CatalogEntry) -> Any:
+    try:
+        with _quiet():
+            return UNet2DConditionModel.from_pretrained(hub_id, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreachable(entry, hub_id, error) from error
+
+
+def _unreachable(entry: CatalogEntry, hub_id: str, error: Exception) -> PcrExportError:
+    if isinstance(error, RepositoryNotFoundError) or isinstance(error.__cause__, RepositoryNotFoundError):
+        why = "the hub has no such repository, or asks for `hf auth login` first"
+    elif "safetensors" in str(error):
+        why = "it has no weights as safetensors"
+    else:
+        why = "it is not in the local cache and the hub is out of reach"
+    folder = f"./{hub_id.split('/')[1]}"
+    way = f"`hf download {hub_id} --local-dir {folder}` where there is a network, then `pcr-export {folder}`"
+    if entry.unet is not None:
+        way = f"`hf download {entry.source}` and `hf download {entry.unet}` where there is a network, and bring that cache (HF_HOME) here"
+    return PcrExportError(f"{entry.name}: {hub_id} can't be loaded, {why}: run {way}")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(" .:")
+
+
+def _sample_size(pipeline: Pipeline) -> int:
+    size = pipeline.unet.config.sample_size
+    return int(size) if isinstance(size, int) else int(size[0])
