@@ -70,8 +70,14 @@ class StepScales:
 
 def write_step_scales(scales: StepScales, path: Path) -> None:
     """Write `scales` as safetensors, through a temporary name. Same scales, same bytes."""
-    tensors = {name: np.ascontiguousarray(getattr(scales, name)) for name in ("scale", "zero_point", "bits", "timesteps")}
-    metadata = {"format": str(FORMAT), "sites": json.dumps(scales.sites), "layers": json.dumps(dict(sorted(scales.layers.items())))}
+    tensors = {
+        name: np.ascontiguousarray(getattr(scales, name)) for name in ("scale", "zero_point", "bits", "timesteps")
+    }
+    metadata = {
+        "format": str(FORMAT),
+        "sites": json.dumps(scales.sites),
+        "layers": json.dumps(dict(sorted(scales.layers.items()))),
+    }
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(save(tensors, metadata))
     os.replace(temporary, path)
@@ -83,7 +89,9 @@ def read_step_scales(path: Path) -> StepScales:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != str(FORMAT):
-                raise PcrExportError(f"{path} has scale format {metadata.get('format')}, this version reads {FORMAT}: export again")
+                raise PcrExportError(
+                    f"{path} has scale format {metadata.get('format')}, this version reads {FORMAT}: export again"
+                )
             return StepScales(
                 **{name: file.get_tensor(name) for name in ("scale", "zero_point", "bits", "timesteps")},
                 sites=tuple(json.loads(metadata["sites"])),

@@ -1,0 +1,1 @@
+"""Rounding methods for weights, one a file: arrays in, arrays out."""

@@ -1,0 +1,82 @@
+"""Recipe: every setting of an export and its one default. Plain data: importable without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+
+from pcr_export.errors import PcrExportError
+from pcr_export.relaxed_steps import parse_relaxed_steps
+
+RANGES = ("mse", "minmax", "percentile")
+SCHEMES = ("progressive", "float-trajectory", "static")
+SKIPPED_BY_DEFAULT = ("conv_in", "conv_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is quantized. Two equal recipes on equal models and prompts give equal bytes."""
+
+    model: str  # catalog name, hub id or folder, as it was asked for
+    num_inference_steps: int
+    guidance_scale: float
+    height: int  # pixels
+    width: int  # pixels
+    weight_bits: int = 8
+    activation_bits: int = 8
+    scheme: str = "progressive"  # how scales are found; the others are baselines
+    ranges: str = "mse"
+    percentile: float = 99.99  # of each end, used by ranges="percentile"
+    affine: bool = True  # zero offsets where the graph can carry them
+    relax: str = "none"  # "none", "first:20%", "last:0.2", or steps such as "0:4,17"
+    relax_bits: int = 10  # activation bits on relaxed steps
+    skip: tuple[str, ...] = SKIPPED_BY_DEFAULT  # module path patterns (fnmatch) that stay float
+    calib_size: int = 64  # prompts
+    calib_batch: int = 64  # prompts per UNet call; calib_size <= calib_batch means one pass
+    seed: int = 0
+    min_sqnr_db: float = 30.0  # the export fails validation where the artifact is further than this from its simulation
+
+    def __post_init__(self) -> None:
+        for value, known, flag in ((self.ranges, RANGES, "--ranges"), (self.scheme, SCHEMES, "--scheme")):
+            if value not in known:
+                raise PcrExportError(f"{flag} {value} is unknown: choose one of {', '.join(known)}")
+        if (self.weight_bits, self.activation_bits) != (8, 8):
+            raise PcrExportError(f"--bits w{self.weight_bits}a{self.activation_bits} is not supported: use w8a8")
+        for name in ("num_inference_steps", "calib_size", "calib_batch", "height", "width"):
+            if getattr(self, name) < 1:
+                raise PcrExportError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 9 <= self.relax_bits <= 15:
+            raise PcrExportError(f"--relax-bits must lie in 9..15, got {self.relax_bits}")
+        if not 50 < self.percentile <= 100:
+            raise PcrExportError(f"--percentile must lie in (50, 100], got {self.percentile}")
+        parse_relaxed_steps(self.relax, self.num_inference_steps)
+
+    def to_json(self) -> str:
+        """The recipe as JSON with sorted keys."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    def hash(self) -> str:
+        """sha256 of the recipe's JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def recipe_from_json(text: str) -> Recipe:
+    """Read what `Recipe.to_json` wrote. Raises PcrExportError where the text is damaged or of another version."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PcrExportError(f"the recipe is no JSON ({error}): export again") from error
+    names = {field.name for field in fields(Recipe)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise PcrExportError("the recipe was written by another version of pcr-export: export again")
+    return Recipe(**{**values, "skip": tuple(values["skip"])})
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """'w8a8' -> (8, 8). Raises PcrExportError where the text has another form."""
+    match = re.fullmatch(r"w(\d+)a(\d+)", text.lower())
+    if not match:
+        raise PcrExportError(f"--bits {text} is not understood: write weight and activation bits as w8a8")
+    return int(match[1]), int(match[2])

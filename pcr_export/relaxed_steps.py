@@ -1,0 +1,41 @@
+"""Which denoising steps are relaxed (PCR, arXiv 2311.06322, section 3.3): exact counts, half-open intervals, any list."""
+
+from __future__ import annotations
+
+import re
+
+from pcr_export.errors import PcrExportError
+
+_END = re.compile(r"(first|last):(\d+(?:\.\d+)?)(%?)")
+_PART = re.compile(r"(\d+)(?::(\d+))?")
+
+
+def parse_relaxed_steps(text: str, num_steps: int) -> tuple[int, ...]:
+    """The relaxed steps named by `text`, ascending; step 0 is the noisiest.
+
+    "none"; "first:20%" or "last:0.2" (a fraction of the steps, rounded to the nearest count); "0:4,17" (half-open
+    intervals and single steps).
+    Raises PcrExportError where the text is not understood or names a step that does not exist.
+    """
+    if text == "none":
+        return ()
+    if end := _END.fullmatch(text):
+        fraction = float(end[2]) / (100 if end[3] else 1)
+        if not 0 <= fraction <= 1:
+            raise PcrExportError(f"--relax {text}: the share of relaxed steps lies between 0 and 1 (or 0% and 100%)")
+        count = round(num_steps * fraction)
+        return tuple(range(count)) if end[1] == "first" else tuple(range(num_steps - count, num_steps))
+    steps: set[int] = set()
+    for part in text.split(","):
+        match = _PART.fullmatch(part.strip())
+        if not match:
+            raise PcrExportError(
+                f"--relax {text} is not understood: write none, first:20%, last:20% or steps such as 0:4,17"
+            )
+        start = int(match[1])
+        steps.update(range(start, int(match[2]) if match[2] else start + 1))
+    if steps and max(steps) >= num_steps:
+        raise PcrExportError(
+            f"--relax {text} names step {max(steps)}, but the {num_steps} steps are 0 to {num_steps - 1}"
+        )
+    return tuple(sorted(steps))

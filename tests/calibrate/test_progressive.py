@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+from class_conditional import TIMESTEPS, class_conditional_denoiser
+
+from pcr_export.calibrate.layers import find_layers
+from pcr_export.calibrate.progressive import calibrate
+from pcr_export.calibrate.ranges import ActivationHistogram, minmax_range
+from pcr_export.calibrate.simulate import QuantizeSites, Simulation, quantizers_of_step, simulated_call
+from pcr_export.calibrate.state import CalibrationState
+from pcr_export.errors import PcrExportError
+from pcr_export.models.denoiser import sample
+from pcr_export.recipe import Recipe
+
+LABELS, SEEDS = [0, 1, 2, 3, 4, 0], [10, 11, 12, 13, 14, 15]
+
+
+def recipe(**changes):
+    return Recipe(model="toy", num_inference_steps=5, guidance_scale=1.0, height=16, width=16, **changes)
+
+
+def run(denoiser=None, labels=LABELS, seeds=SEEDS, state=None, **changes):
+    denoiser = denoiser or class_conditional_denoiser()
+    layers = find_layers(denoiser, next(denoiser.walk(LABELS[:1], SEEDS[:1])), ("conv_in", "conv_out"))
+    return calibrate(denoiser, layers, labels, seeds, recipe(**changes), state=state)
+
+
+def count_calls(denoiser):
+    """A forward hook that counts (batch size, calls)."""
+    sizes = []
+    denoiser.network.register_forward_hook(lambda _module, args, _output: sizes.append(len(args[0])))
+    return sizes
+
+
+def test_one_pass_takes_exactly_t_calls():
+    denoiser = class_conditional_denoiser()
+    layers = find_layers(denoiser, next(denoiser.walk(LABELS, SEEDS)), ())
+    sizes = count_calls(denoiser)
+    calibrate(denoiser, layers, LABELS, SEEDS, recipe())
+    assert sizes == [6] * len(TIMESTEPS)
+
+
+def test_several_batches_take_2t_minus_1_calls_each():
+    denoiser = class_conditional_denoiser()
+    layers = find_layers(denoiser, next(denoiser.walk(LABELS, SEEDS)), ())
+    sizes = count_calls(denoiser)
+    calibrate(denoiser, layers, LABELS, SEEDS, recipe(calib_batch=2))
+    assert sizes == [2] * 3 * (2 * len(TIMESTEPS) - 1)
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_step_t_is_observed_behind_quantized_steps(batch):
+    """The row of every step holds the min-max of a trajectory whose earlier steps ran with the rows before it."""
+    denoiser = class_conditional_denoiser()
+    layers = find_layers(denoiser, next(denoiser.walk(LABELS, SEEDS)), ("conv_in", "conv_out"))
+    scales = calibrate(denoiser, layers, LABELS, SEEDS, recipe(ranges="minmax", calib_batch=batch, affine=False))
+    walk = denoiser.walk(LABELS, SEEDS)
+    inputs = next(walk)
+    with Simulation(denoiser, layers, 8) as simulation:
+        for step in range(scales.num_steps):
+            quantizers = quantizers_of_step(scales, step)
+            histograms = {site: ActivationHistogram() for site in scales.sites}
+            quantize = QuantizeSites(quantizers, 8)
+
+            def visit(site, x, histograms=histograms, quantize=quantize):
+                histograms[site].update(x)
+                return quantize(site, x) if batch == 6 else x  # one pass: the layers upstream are quantized too
+
+            simulation.run(inputs, visit)
+            for site, histogram in histograms.items():
+                low, high = minmax_range(histogram)
+                assert quantizers[site].scale == pytest.approx(
+                    max(-low / 128, high / 127), rel=1e-4
+                )  # other batch sizes round otherwise
+            if step < scales.num_steps - 1:
+                inputs = walk.send(simulation.run(inputs, quantize))
+
+
+def test_batch_size_and_order_change_nothing_but_rounding():
+    reference = run(calib_batch=3)
+    other = run(labels=LABELS[::-1], seeds=SEEDS[::-1], calib_batch=2)
+    np.testing.assert_allclose(
+        other.scale, reference.scale, rtol=0.05
+    )  # a rounding flip moves the search by a candidate or two
+    assert np.median(np.abs(other.scale / reference.scale - 1)) < 1e-4
+
+
+def test_same_input_same_table():
+    first, second = run(), run()
+    assert first.scale.tobytes() == second.scale.tobytes()
+    assert first.zero_point.tobytes() == second.zero_point.tobytes()
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_a_stopped_calibration_goes_on_with_the_same_bytes(tmp_path, stop_after, batch):
+    whole = run(calib_batch=batch)
+    run(state=CalibrationState(tmp_path, "key"), calib_batch=batch)
+    for record in sorted(tmp_path.iterdir())[stop_after:]:
+        record.unlink()
+    denoiser = class_conditional_denoiser()
+    sizes = count_calls(denoiser)
+    resumed = run(denoiser, state=CalibrationState(tmp_path, "key"), calib_batch=batch)
+    assert resumed.scale.tobytes() == whole.scale.tobytes()
+    per_step = 1 if batch == 6 else 6
+    assert len(sizes) <= 1 + per_step * (5 - stop_after)  # one call finds the layers
+
+
+def test_state_of_another_key_is_not_used(tmp_path):
+    run(state=CalibrationState(tmp_path, "one"))
+    denoiser = class_conditional_denoiser()
+    sizes = count_calls(denoiser)
+    run(denoiser, state=CalibrationState(tmp_path, "two"))
+    assert len(sizes) == 1 + len(TIMESTEPS)
+
+
+def test_damaged_state_is_named(tmp_path):
+    run(state=CalibrationState(tmp_path, "key"))
+    path = tmp_path / "call_00002.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(PcrExportError, match=r"call_00002.*--no-resume"):
+        run(state=CalibrationState(tmp_path, "key"))
+
+
+def test_relaxed_steps_have_their_bits():
+    assert run(relax="last:40%").bits.tolist() == [8, 8, 8, 10, 10]
+
+
+def test_static_scales_are_equal_in_every_step():
+    scales = run(scheme="static").scale
+    assert (scales == scales[0]).all()
+
+
+def test_float_trajectory_differs_from_progressive():
+    assert not np.array_equal(run(scheme="float-trajectory").scale, run().scale)
+
+
+def test_first_step_sees_the_same_noise_in_both_schemes():
+    """In the first step the schemes differ only by the weights: ranges are close, later ones need not be."""
+    progressive, floating = run(calib_batch=2, ranges="minmax"), run(scheme="float-trajectory", ranges="minmax")
+    np.testing.assert_allclose(progressive.scale[0], floating.scale[0], rtol=0.1)
+
+
+def test_calibrated_simulation_stays_near_the_float_model():
+    denoiser = class_conditional_denoiser()
+    scales = run(denoiser)
+    layers = find_layers(denoiser, next(denoiser.walk(LABELS, SEEDS)), ("conv_in", "conv_out"))
+    reference = sample(denoiser, denoiser, LABELS, SEEDS)
+    with Simulation(denoiser, layers, 8) as simulation:
+        simulated = sample(denoiser, simulated_call(simulation, scales, "t"), LABELS, SEEDS)
+    error = (simulated - reference).square().mean() / reference.square().mean()
+    assert 0 < error < 1e-3  # 30 dB
+
+
+def test_overflowing_activations_name_the_site():
+    denoiser = class_conditional_denoiser()
+    denoiser.network.conv_in.weight.data[:] = 1e38
+    with pytest.raises(PcrExportError, match="site .*NaN or infinite"):
+        run(denoiser)

@@ -1,0 +1,82 @@
+import dataclasses
+
+import pytest
+
+from pcr_export.errors import PcrExportError
+from pcr_export.recipe import Recipe, parse_bits, recipe_from_json
+from pcr_export.relaxed_steps import parse_relaxed_steps
+
+SETTINGS = {"model": "tiny-sdxl", "num_inference_steps": 20, "guidance_scale": 4.5, "height": 64, "width": 64}
+
+
+def test_json_goes_both_ways():
+    recipe = Recipe(**SETTINGS, relax="first:20%", skip=("conv_in",))
+    assert recipe_from_json(recipe.to_json()) == recipe
+
+
+def test_every_setting_changes_the_hash():
+    recipe = Recipe(**SETTINGS)
+    changes = {
+        "ranges": "minmax",
+        "scheme": "static",
+        "relax": "0:2",
+        "affine": False,
+        "skip": (),
+        "model": "x",
+        "seed": 7,
+    }
+    for field in dataclasses.fields(Recipe):
+        value = getattr(recipe, field.name)
+        if field.name in ("weight_bits", "activation_bits"):
+            continue  # one value each so far
+        changed = dataclasses.replace(recipe, **{field.name: changes.get(field.name, value - 1 if value else 1)})
+        assert changed.hash() != recipe.hash(), field.name
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"ranges": "max"}, "--ranges max is unknown: choose one of mse"),
+        ({"weight_bits": 3}, "use w8a8"),
+        ({"calib_size": 0}, "--calib-size must be at least 1"),
+        ({"relax_bits": 16}, "9..15"),
+        ({"percentile": 10.0}, "--percentile"),
+        ({"relax": "middle"}, "write none, first:20%"),
+    ],
+)
+def test_bad_settings_say_what_to_write(change, match):
+    with pytest.raises(PcrExportError, match=match):
+        Recipe(**SETTINGS, **change)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_damaged_recipe_is_refused(text):
+    with pytest.raises(PcrExportError, match="export again"):
+        recipe_from_json(text)
+
+
+def test_bits():
+    assert parse_bits("W8A8") == (8, 8)
+    with pytest.raises(PcrExportError, match="as w8a8"):
+        parse_bits("int8")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("none", ()),
+        ("first:20%", (0, 1, 2, 3)),
+        ("last:0.1", (18, 19)),
+        ("0:2,19", (0, 1, 19)),
+        ("first:0", ()),
+        ("last:100%", tuple(range(20))),
+    ],
+)
+def test_relaxed_steps_are_half_open_and_exact(text, expected):
+    assert parse_relaxed_steps(text, 20) == expected
+
+
+@pytest.mark.parametrize("text", ["20", "18:21", "first:120%", "first", "1-3", ""])
+def test_relaxed_steps_that_do_not_exist_are_refused(text):
+    with pytest.raises(PcrExportError, match="--relax"):
+        parse_relaxed_steps(text, 20)
