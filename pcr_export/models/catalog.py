@@ -123,7 +123,7 @@ def resolve(model: str) -> CatalogEntry:
     if model in CATALOG:
         return CATALOG[model]
     folder = Path(model).expanduser()
-    if model and folder.is_dir():
+    if folder.is_dir():
         read_model_index(folder)
         return CatalogEntry(name=folder.resolve().name, source=str(folder))
     if HUB_ID.fullmatch(model):

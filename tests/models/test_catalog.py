@@ -54,7 +54,6 @@ def test_folder_and_hub_id(tmp_path: Path) -> None:
         ("./nowhere", "holds model_index.json"),
         ("a/b/c", "holds model_index.json"),
         ("~/nowhere-at-all", "holds model_index.json"),
-        ("", "Known are"),
     ],
 )
 def test_unknown_model(model: str, advice: str) -> None:
