@@ -1,0 +1,225 @@
+"""Denoiser -> float ONNX: the one file that calls torch.onnx."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset23
+from torch import Tensor, nn
+
+from pcr_export.errors import PcrExportError
+from pcr_export.models.denoiser import Denoiser
+
+OPSET = 23
+MODULE_KEY = "pcr.module"  # node metadata: the module path, relative to denoiser.network, that the node comes from
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+WRAPPED = "network"  # the name under which _Call holds the network
+
+
+def export_float_onnx(denoiser: Denoiser, example: dict[str, Tensor], path: Path) -> None:
+    """Export the denoiser's network as a float ONNX graph, its weights beside it in `<path>_data`.
+
+    Inputs come in the order of `denoiser.dynamic_axes`, the timestep as a rank-0 float32, the output is `denoiser.output`.
+    Every node carries the path of its module in its metadata under `pcr.module`. Same network, same bytes.
+
+    Args:
+        denoiser: its network in float32 and eval mode.
+        example: every input by name; a dynamic axis needs a size of at least 2.
+        path: the file to write, through a temporary name.
+
+    Raises:
+        PcrExportError: an input is missing, a dynamic axis has size below 2, or the network cannot be traced with those axes free.
+    """
+    _check_example(denoiser, example)
+    program = _trace(denoiser, example)
+    model = program.model
+    _name_axes(model.graph, denoiser)
+    _keep_module_paths(model)
+    _name_weights(model.graph)
+    save_model(model, path)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write `path` and its external data `<path>_data` through temporary names; tensors are streamed one at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data_name = path.name + "_data"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-") as folder:
+        ir.save(model, Path(folder) / path.name, external_data=data_name)
+        for name in (data_name, path.name):
+            if (Path(folder) / name).exists():
+                os.replace(Path(folder) / name, path.parent / name)
+
+
+class _Call(nn.Module):
+    """The network with its inputs in a fixed order, as the exporter wants them."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.network = denoiser.network
+        self.denoiser_call = denoiser.call
+        self.names = tuple(denoiser.dynamic_axes)
+        self.train(denoiser.network.training)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.denoiser_call(self.network, dict(zip(self.names, inputs, strict=True)))
+
+
+def _check_example(denoiser: Denoiser, example: dict[str, Tensor]) -> None:
+    for name, axes in denoiser.dynamic_axes.items():
+        if name not in example:
+            raise PcrExportError(
+                f"the example lacks input {name}: give one tensor for each of {list(denoiser.dynamic_axes)}"
+            )
+        for axis in axes:
+            if example[name].shape[axis] < 2:
+                raise PcrExportError(
+                    f"axis {axis} of {name} is dynamic: give an example with a size of at least 2 there"
+                )
+    timestep = example[denoiser.timestep]
+    if timestep.ndim or timestep.dtype != torch.float32:
+        raise PcrExportError(f"{denoiser.timestep} must be a rank-0 float32 tensor: give torch.tensor(500.0)")
+
+
+def _trace(denoiser: Denoiser, example: dict[str, Tensor]) -> torch.onnx.ONNXProgram:
+    axes = denoiser.dynamic_axes
+    shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes[name]} for name in axes)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                _Call(denoiser).eval(),
+                tuple(example[name] for name in axes),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(axes),
+                output_names=[denoiser.output],
+                dynamic_shapes={"inputs": shapes},
+                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        free = ", ".join(sorted({name for each in axes.values() for name in each.values()}))
+        raise PcrExportError(f"the network cannot be exported to ONNX with {free} free: {_innermost(error)}") from error
+    assert program is not None
+    return program
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _attention(
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    attn_mask: ir.Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ir.Value:
+    """One Attention node. torch's own translation refuses [batch, tokens, width], which is attention with a single head."""
+    heads = {} if len(query.shape or ()) == 4 else {"q_num_heads": 1, "kv_num_heads": 1}
+    output, *_ = opset23.Attention(query, key, value, attn_mask, is_causal=int(is_causal), scale=scale, **heads)
+    return output
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about torchvision and its own internals: nothing that a person can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_axes(graph: ir.Graph, denoiser: Denoiser) -> None:
+    """Give the symbolic axes their names from the denoiser, inside expressions as well."""
+    names: dict[str, str] = {}
+    for value, axes in zip(graph.inputs, denoiser.dynamic_axes.values(), strict=True):
+        for axis, name in axes.items():
+            symbol = value.shape[axis] if value.shape is not None else name
+            if isinstance(symbol, int):
+                raise PcrExportError(
+                    f"axis {axis} of {value.name} was fixed to {symbol} by the network: leave it out of dynamic_axes"
+                )
+            names.setdefault(str(getattr(symbol, "value", symbol)), name)
+            value.shape = _renamed_shape(value.shape, {axis: name})
+    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in sorted(names))) if names else None
+    for value in _values(graph):
+        if value.shape is None or pattern is None:
+            continue
+        dims = {i: str(dim.value) for i, dim in enumerate(value.shape) if isinstance(dim, ir.SymbolicDim) and dim.value}
+        value.shape = _renamed_shape(
+            value.shape, {i: pattern.sub(lambda m: names[m[0]], dim) for i, dim in dims.items()}
+        )
+    first = next(iter(denoiser.dynamic_axes.values()), {})
+    output = graph.outputs[0]
+    output.shape = _renamed_shape(output.shape, dict(first if denoiser.output_axes is None else denoiser.output_axes))
+
+
+def _renamed_shape(shape: ir.Shape | None, names: dict[int, str]) -> ir.Shape | None:
+    if shape is None:
+        return None
+    return ir.Shape([names.get(i, dim) for i, dim in enumerate(shape)])
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+def _keep_module_paths(model: ir.Model) -> None:
+    """Of the exporter's metadata keep the module path alone: stack traces hold this machine's paths."""
+    for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]"))
+        node.metadata_props.clear()
+        node.doc_string = None
+        modules = [scope for scope in scopes[:-1] if scope == WRAPPED or scope.startswith(WRAPPED + ".")]
+        if modules:
+            node.metadata_props[MODULE_KEY] = modules[-1].removeprefix(WRAPPED).removeprefix(".")
+    for value in (*_values(model.graph), *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.name = "denoiser"
+
+
+def _name_weights(graph: ir.Graph) -> None:
+    """Initializers are named by module path; a Linear's folded, transposed weight [in, out] becomes `<module>.weight.T`."""
+    for name in list(graph.initializers):
+        _rename_initializer(graph, name, name.removeprefix(WRAPPED + "."))
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        module = node.metadata_props.get(MODULE_KEY)
+        if weight is not None and weight.is_initializer() and module and str(weight.name).startswith("val_"):
+            _rename_initializer(graph, str(weight.name), f"{module}.weight.T")
+
+
+def _rename_initializer(graph: ir.Graph, old: str, new: str) -> None:
+    if old == new or new in graph.initializers:
+        return
+    value = graph.initializers.pop(old)
+    value.name = new
+    if value.const_value is not None:
+        value.const_value.name = new
+    graph.register_initializer(value)
