@@ -16,6 +16,7 @@ from pcr_export.errors import PcrExportError
 
 FORMAT = 1
 ZERO_POINT_SYMMETRIC = 128
+_TENSORS = ("scale", "zero_point", "bits", "timesteps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,9 @@ class StepScales:
 
 def write_step_scales(scales: StepScales, path: Path) -> None:
     """Write `scales` as safetensors, through a temporary name. Same scales, same bytes."""
-    tensors = {
-        name: np.ascontiguousarray(getattr(scales, name)) for name in ("scale", "zero_point", "bits", "timesteps")
-    }
-    metadata = {
-        "format": str(FORMAT),
-        "sites": json.dumps(scales.sites),
-        "layers": json.dumps(dict(sorted(scales.layers.items()))),
-    }
+    tensors = {name: np.ascontiguousarray(getattr(scales, name)) for name in _TENSORS}
+    header = {"format": FORMAT, "sites": scales.sites, "layers": dict(scales.layers)}
+    metadata = {"step_scales": json.dumps(header, sort_keys=True)}  # one key: safetensors orders several at random
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(save(tensors, metadata))
     os.replace(temporary, path)
@@ -87,15 +83,15 @@ def read_step_scales(path: Path) -> StepScales:
     """Read what `write_step_scales` wrote. Raises PcrExportError where the file is missing, damaged or of another format."""
     try:
         with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != str(FORMAT):
+            header = json.loads((file.metadata() or {})["step_scales"])
+            if header["format"] != FORMAT:
                 raise PcrExportError(
-                    f"{path} has scale format {metadata.get('format')}, this version reads {FORMAT}: export again"
+                    f"{path} has scale format {header['format']}, this version reads {FORMAT}: export again"
                 )
             return StepScales(
-                **{name: file.get_tensor(name) for name in ("scale", "zero_point", "bits", "timesteps")},
-                sites=tuple(json.loads(metadata["sites"])),
-                layers=json.loads(metadata["layers"]),
+                **{name: file.get_tensor(name) for name in _TENSORS},
+                sites=tuple(header["sites"]),
+                layers=header["layers"],
             )
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise PcrExportError(f"{path} is no readable table of step scales ({error}): export again") from error

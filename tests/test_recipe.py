@@ -29,7 +29,8 @@ def test_every_setting_changes_the_hash():
         value = getattr(recipe, field.name)
         if field.name in ("weight_bits", "activation_bits"):
             continue  # one value each so far
-        changed = dataclasses.replace(recipe, **{field.name: changes.get(field.name, value - 1 if value else 1)})
+        change = changes[field.name] if field.name in changes else value + 1
+        changed = dataclasses.replace(recipe, **{field.name: change})
         assert changed.hash() != recipe.hash(), field.name
 
 

@@ -60,7 +60,7 @@ def test_damaged_files_are_refused(scales, tmp_path):
         read_step_scales(path)
     write_step_scales(scales, path)
     whole = path.read_bytes()
-    for damaged in (b"", whole[:50], whole[:-1], whole.replace(b'"format":"1"', b'"format":"9"')):
+    for damaged in (b"", whole[:50], whole[:-1], whole.replace(b'format\\": 1', b'format\\": 9')):
         path.write_bytes(damaged)
         with pytest.raises(PcrExportError, match="export again"):
             read_step_scales(path)

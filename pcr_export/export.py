@@ -1,0 +1,250 @@
+"""The whole job on one screen: load -> calibrate -> graph -> package -> validate -> report."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcr_export import __version__
+from pcr_export.calibrate.layers import find_layers
+from pcr_export.calibrate.progressive import calibrate, num_unet_calls
+from pcr_export.calibrate.state import CalibrationState
+from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.errors import PcrExportError
+from pcr_export.graph.quantize import quantize_onnx
+from pcr_export.graph.to_onnx import export_float_onnx
+from pcr_export.models.denoiser import Denoiser, Inputs
+from pcr_export.progress import Track, silent
+from pcr_export.prompts import prompt_seeds
+from pcr_export.qdiffbench.fidelity import Fidelity, measure_fidelity
+from pcr_export.recipe import Recipe
+from pcr_export.report import make_report
+from pcr_export.sites import Layer
+from pcr_export.stages import Facts, Key, Stages, key_hash, write_json, write_text
+from pcr_export.step_scales import read_step_scales, write_step_scales
+
+FIDELITY_PROMPTS = 8
+LATENCY_RUNS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One export: what, how and where to."""
+
+    denoiser: Denoiser
+    recipe: Recipe
+    conditions: Sequence[Any]  # the calibration set: prompts, or what the denoiser's walk takes
+    folder: Path
+    seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' text and the recipe's seed
+    resume: bool = True
+    validate: bool = True
+    track: Track = silent
+    log: Callable[[str], None] = field(default=lambda _line: None)
+
+    def noise_seeds(self) -> Sequence[int]:
+        """One seed per condition."""
+        return self.seeds or prompt_seeds([str(condition) for condition in self.conditions], self.recipe.seed)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export so far: what later stages and the report need."""
+
+    layers: list[Layer]
+    stages: Stages
+    key: Key  # of the quantized graph
+    calibration: Facts
+    graph: Facts
+
+
+def export_denoiser(job: Job) -> dict[str, Any]:
+    """Calibrate a denoiser, write its quantized ONNX and report. A pipeline of diffusers comes with more: `export_model`.
+
+    Returns the report that was written to report.json. Raises PcrExportError (exit code 3) where the artifact is further from its
+    simulation than the recipe allows; what was computed stays.
+    """
+    exported = quantize_denoiser(job)
+    validation = validate_artifact(job, exported) if job.validate else {}
+    return finish(job, exported, validation)
+
+
+def quantize_denoiser(job: Job) -> Exported:
+    """Calibrate and write step_scales.safetensors, recipe.json and unet/model.onnx."""
+    folder, stages = job.folder, Stages(job.folder / ".stages", resume=job.resume, log=job.log)
+    make_folder(folder)
+    seeds = job.noise_seeds()
+    example = next(job.denoiser.walk(job.conditions[:1], seeds[:1]))
+    layers = find_layers(job.denoiser, example, job.recipe.skip)
+    weights = {"weights": hash_weights(job.denoiser), "version": __version__, "torch": torch.__version__}
+    calibration_key = {
+        **weights,
+        "recipe": job.recipe.hash(),
+        "calibration set": key_hash(
+            {str(seed): str(condition) for seed, condition in zip(seeds, job.conditions, strict=True)}
+        ),
+    }
+    scales_path, graph_path = folder / "step_scales.safetensors", folder / "unet" / "model.onnx"
+    float_path = stages.folder / "float" / "model.onnx"
+    write_text(folder / "recipe.json", job.recipe.to_json())
+    calibration = stages.run(
+        "calibrate", calibration_key, [scales_path], lambda: _calibrate(job, layers, calibration_key, scales_path)
+    )
+    stages.run("float", weights, [float_path], lambda: _export_float(job, example, float_path))
+    graph_key = {**calibration_key, "scales": hash_file(scales_path)}
+    graph = stages.run(
+        "quantize", graph_key, [graph_path], lambda: _quantize(job, layers, float_path, scales_path, graph_path)
+    )
+    return Exported(layers, stages, graph_key, calibration, graph)
+
+
+def _calibrate(job: Job, layers: list[Layer], key: Key, path: Path) -> Facts:
+    state = CalibrationState(path.parent / ".stages" / "calibration", key_hash(key))
+    if not job.resume:
+        state.clear()
+    start = time.monotonic()
+    scales = calibrate(
+        job.denoiser, layers, job.conditions, job.noise_seeds(), job.recipe, state=state, track=job.track
+    )
+    write_step_scales(scales, path)
+    state.clear()
+    batches = -(-len(job.conditions) // job.recipe.calib_batch)
+    progressive = job.recipe.scheme == "progressive"
+    return {
+        "prompts": len(job.conditions),
+        "steps": scales.num_steps,
+        "unet_batches": num_unet_calls(job.denoiser.timesteps, batches)
+        if progressive
+        else batches * len(job.denoiser.timesteps),
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _export_float(job: Job, example: Inputs, path: Path) -> Facts:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with job.track("exporting the float graph", 1) as advance:
+        export_float_onnx(job.denoiser, example, path)
+        advance(1)
+    return {}
+
+
+def _quantize(job: Job, layers: list[Layer], float_path: Path, scales_path: Path, path: Path) -> Facts:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with job.track("quantizing the graph", 1) as advance:
+        facts = asdict(quantize_onnx(float_path, read_step_scales(scales_path), layers, path))
+        advance(1)
+    return facts
+
+
+def validate_artifact(job: Job, exported: Exported) -> Facts:
+    """Fidelity to the simulation at every step, and latency beside the float graph's, both on onnxruntime."""
+    return exported.stages.run("validate", exported.key, [], lambda: _validate(job, exported))
+
+
+def _validate(job: Job, exported: Exported) -> Facts:
+    count = min(FIDELITY_PROMPTS, len(job.conditions))
+    conditions, seeds = job.conditions[:count], job.noise_seeds()[:count]
+    scales = read_step_scales(job.folder / "step_scales.safetensors")
+    with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx") as engine:
+        fidelity = measure_fidelity(
+            job.denoiser, exported.layers, scales, engine_call(engine), conditions, seeds, track=job.track
+        )
+    return {"fidelity": _fidelity_facts(fidelity), "engines": [_time_engines(job, exported, conditions, seeds)]}
+
+
+def _fidelity_facts(fidelity: Fidelity) -> Facts:
+    finite = {site: value for site, value in fidelity.sites.items() if value != float("inf")}
+    return {
+        "artifact_vs_simulation_sqnr_db": _rounded(fidelity.overall),
+        "per_step": [_rounded(value) for value in fidelity.per_call],
+        "sites": finite,
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return None if value == float("inf") else round(value, 2)
+
+
+def _time_engines(job: Job, exported: Exported, conditions: Sequence[Any], seeds: Sequence[int]) -> Facts:
+    inputs = {name: x.numpy() for name, x in next(job.denoiser.walk(conditions, seeds)).items()}
+    threads = torch.get_num_threads()
+    latencies = []
+    for path in (job.folder / "unet" / "model.onnx", exported.stages.folder / "float" / "model.onnx"):
+        with OnnxRuntimeEngine(path, threads=threads) as engine, job.track("timing onnxruntime", 1) as advance:
+            latencies.append(engine.latency(inputs, LATENCY_RUNS))
+            advance(1)
+    return {
+        "backend": "onnxruntime",
+        "target": "cpu",
+        "built": True,
+        "ran": True,
+        "batch": len(next(iter(inputs.values()))),
+        "threads": threads,
+        "latency_ms": latencies[0],
+        "float_latency_ms": latencies[1],
+        "speedup": round(latencies[1]["p50"] / latencies[0]["p50"], 3),
+    }
+
+
+def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
+    """Write report.json, then refuse an artifact below the recipe's floor."""
+    report = make_report(
+        job.recipe, exported.layers, calibration=exported.calibration, graph=exported.graph, validation=validation
+    )
+    write_json(job.folder / "report.json", report)
+    worst = [value for value in (report["fidelity"] or {}).get("per_step", []) if value is not None]
+    if worst and min(worst) < job.recipe.min_sqnr_db:
+        sites = sorted((row["sqnr_db"], row["name"]) for row in report["sites"] if row["sqnr_db"] is not None)
+        raise PcrExportError(
+            f"the artifact is only {min(worst)} dB from its simulation (floor {job.recipe.min_sqnr_db}); worst sites: "
+            f"{', '.join(name for _, name in sites[:3])}: see {job.folder / 'report.json'}",
+            exit_code=3,
+        )
+    return report
+
+
+def engine_call(engine: OnnxRuntimeEngine) -> Callable[[Inputs], torch.Tensor]:
+    """An engine as the network of a walk."""
+    return lambda inputs: torch.from_numpy(engine.run({name: x.numpy() for name, x in inputs.items()}))
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder and prove that it can be written to. Raises PcrExportError where it can't."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PcrExportError(
+            f"--out: {folder} can't be written to ({error.strerror}): choose another folder"
+        ) from error
+
+
+def hash_weights(denoiser: Denoiser) -> str:
+    """sha256 of the network's parameters and buffers with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(denoiser.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that may not be there."""
+    if path.exists():
+        shutil.rmtree(path)

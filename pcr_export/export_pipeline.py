@@ -1,0 +1,107 @@
+"""The job for a text-to-image pipeline of diffusers: the denoiser's export, the other parts beside it, and images to judge it by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcr_export.deploy.folder import write_pipeline_folder
+from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.export import Exported, Job, engine_call, finish, quantize_denoiser, remove_folder, validate_artifact
+from pcr_export.models.load import LoadedModel
+from pcr_export.prompts import prompt_seeds
+from pcr_export.qdiffbench.images import generate_images
+from pcr_export.qdiffbench.quality import find_extractor, measure_quality
+from pcr_export.stages import Facts, key_hash, write_text
+
+IMAGE_PIXELS_PER_CALL = 2**18
+
+
+def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -> dict[str, Any]:
+    """Export `model` (whose denoiser is job.denoiser) to job.folder: ONNX parts, step scales, images and report.json.
+
+    Args:
+        eval_prompts: an image each of the float model and of the artifact is made of these; at least two where job.validate.
+
+    Returns:
+        The report. Raises PcrExportError as `export_denoiser` does.
+    """
+    exported = quantize_denoiser(job)
+    source = model.entry.source
+    exported.stages.run(
+        "package",
+        {"weights": exported.key["weights"], "version": exported.key["version"], "source": source},
+        [job.folder / "model_index.json"],
+        lambda: _package(job, model),
+    )
+    if not job.validate:
+        return finish(job, exported, {})
+    fidelity = validate_artifact(job, exported)
+    quality = _judge_images(job, exported, Path(source), eval_prompts)
+    return finish(job, exported, {**fidelity, "quality": quality})
+
+
+def _package(job: Job, model: LoadedModel) -> Facts:
+    with job.track("writing text encoders and VAE", 1) as advance:
+        write_pipeline_folder(model.pipeline, job.folder)
+        advance(1)
+    return {}
+
+
+def _judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[str]) -> Facts:
+    """Images of the float model and of the artifact, both kept by index, and their scores."""
+    seeds = prompt_seeds(prompts, job.recipe.seed)
+    sampling = {
+        name: str(getattr(job.recipe, name)) for name in ("num_inference_steps", "guidance_scale", "height", "width")
+    }
+    float_key = {
+        "weights": exported.key["weights"],
+        "prompts": key_hash(
+            {str(i): f"{seed} {prompt}" for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))}
+        ),
+        **sampling,
+    }
+    folders = {name: job.folder / "images" / name for name in ("float", "int8")}
+    batch = max(1, IMAGE_PIXELS_PER_CALL // (job.recipe.height * job.recipe.width))
+
+    def make(name: str, call: Any) -> Facts:
+        generate_images(
+            job.denoiser,
+            call,
+            prompts,
+            seeds,
+            folders[name],
+            batch=batch,
+            description=f"images, {name}",
+            track=job.track,
+        )
+        return {}
+
+    def make_int8() -> Facts:
+        with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx", threads=torch.get_num_threads()) as engine:
+            return make("int8", engine_call(engine))
+
+    for name, key, action in (
+        ("float", float_key, lambda: make("float", job.denoiser)),
+        ("int8", {**exported.key, **float_key}, make_int8),
+    ):
+        _forget_images_of_another_key(folders[name], key_hash(key))
+        exported.stages.run(f"images-{name}", key, [folders[name]], action)
+    return exported.stages.run(
+        "quality",
+        {**exported.key, **float_key},
+        [],
+        lambda: asdict(measure_quality(folders["int8"], folders["float"], prompts, find_extractor(source))),
+    )
+
+
+def _forget_images_of_another_key(folder: Path, key: str) -> None:
+    """Images are kept one by one and resumed; those made under another key are deleted first."""
+    mark = folder / ".key"
+    if not (mark.is_file() and mark.read_text() == key):
+        remove_folder(folder)
+        write_text(mark, key)

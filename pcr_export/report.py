@@ -1,0 +1,123 @@
+"""report.json (format 1): what was done, with what, and how good the result is. Plain data in, plain data out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pcr_export.recipe import Recipe
+from pcr_export.sites import Layer
+
+FORMAT = 1
+PACKAGES = ("pcr-export", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+Facts = Mapping[str, Any]
+
+
+def environment() -> dict[str, str]:
+    """Versions of everything that the result depends on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}", **versions}
+
+
+def site_rows(layers: Sequence[Layer], recipe: Recipe, sqnr_db: Mapping[str, float]) -> list[dict[str, Any]]:
+    """One row per layer. `sqnr_db` is by site: its activations against their quantized values."""
+    return [
+        {
+            "name": layer.name,
+            "op": layer.op,
+            "site": layer.site,
+            "bits": f"w{recipe.weight_bits}a{recipe.activation_bits}" if layer.site else "float32",
+            "quantized": layer.site is not None,
+            "reason": layer.reason,
+            "sqnr_db": _finite(sqnr_db.get(layer.site or "")),
+        }
+        for layer in layers
+    ]
+
+
+def make_report(
+    recipe: Recipe, layers: Sequence[Layer], *, calibration: Facts, graph: Facts, validation: Facts
+) -> dict[str, Any]:
+    """The whole report. `validation` is empty where validation was not asked for."""
+    fidelity = dict(validation.get("fidelity", {}))
+    site_sqnr = fidelity.pop("sites", {})
+    return {
+        "format": FORMAT,
+        "model": recipe.model,
+        "recipe": {**vars(recipe), "skip": list(recipe.skip), "hash": recipe.hash()},
+        "environment": environment(),
+        "calibration": dict(calibration),
+        "sites": site_rows(layers, recipe, site_sqnr),
+        "graph": dict(graph),
+        "engines": list(validation.get("engines", [])),
+        "fidelity": fidelity or None,
+        "quality": validation.get("quality"),
+    }
+
+
+def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The report in a dozen lines for the terminal: (what, value)."""
+    calibration, graph, sites = report["calibration"], report["graph"], report["sites"]
+    quantized = sum(site["quantized"] for site in sites)
+    rows = [
+        ("model", report["model"]),
+        ("layers", f"{quantized} INT8, {len(sites) - quantized} float"),
+        (
+            "calibration",
+            f"{calibration['prompts']} prompts, {calibration['steps']} steps, {calibration['unet_batches']} UNet calls, "
+            f"{calibration['seconds']:.0f} s, peak {calibration['peak_memory_bytes'] / 2**30:.1f} GiB",
+        ),
+        ("UNet file", f"{graph['onnx_bytes'] / 2**20:.1f} MiB (float {graph['float_bytes'] / 2**20:.1f} MiB)"),
+    ]
+    for engine in report["engines"]:
+        rows.append(
+            (
+                f"{engine['backend']} latency",
+                f"{engine['latency_ms']['p50']:.1f} ms, float {engine['float_latency_ms']['p50']:.1f} ms: "
+                f"{engine['speedup']:.2f}x (batch {engine['batch']}, {engine['threads']} threads)",
+            )
+        )
+    if report["fidelity"]:
+        fidelity = report["fidelity"]
+        rows.append(
+            (
+                "artifact against simulation",
+                f"{_db(fidelity['artifact_vs_simulation_sqnr_db'])}, worst step "
+                f"{_db(min(fidelity['per_step'], default=None, key=_sortable))}",
+            )
+        )
+    if report["quality"]:
+        rows.extend(_quality_rows(report["quality"]))
+    return rows
+
+
+def _quality_rows(quality: Facts) -> list[tuple[str, str]]:
+    rows = [("images", f"{quality['n_images']}, extractor {quality['extractor'] or 'none'}")]
+    if quality["fid_to_fp32"] is not None:
+        rows.append(("Frechet distance to FP32", f"{quality['fid_to_fp32']:.4f}"))
+        rows.append(("CLIP score", f"{quality['clip_score']:.2f} (FP32 {quality['clip_score_fp32']:.2f})"))
+    rows.append(("PSNR to FP32", f"{quality['psnr_db']:.1f} dB"))
+    if quality["warning"]:
+        rows.append(("note", quality["warning"]))
+    return rows
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: no error at all is null, too."""
+    return None if value is None or value == float("inf") else round(value, 3)
+
+
+def _sortable(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+def _db(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"
