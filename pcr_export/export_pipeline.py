@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,22 @@ import torch
 
 from pcr_export.deploy.folder import write_pipeline_folder
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
-from pcr_export.export import Exported, Job, engine_call, finish, quantize_denoiser, remove_folder, validate_artifact
-from pcr_export.models.load import LoadedModel
-from pcr_export.prompts import prompt_seeds
+from pcr_export.export import (
+    Exported,
+    Job,
+    engine_call,
+    finish,
+    make_folder,
+    quantize_denoiser,
+    remove_folder,
+    validate_artifact,
+)
+from pcr_export.models.load import LoadedModel, load_model
+from pcr_export.progress import Track
+from pcr_export.prompts import choose_prompts, prompt_seeds
 from pcr_export.qdiffbench.images import generate_images
 from pcr_export.qdiffbench.quality import find_extractor, measure_quality
+from pcr_export.request import ExportRequest
 from pcr_export.stages import Facts, key_hash, write_text
 
 IMAGE_PIXELS_PER_CALL = 2**18
@@ -43,6 +54,26 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
     fidelity = validate_artifact(job, exported)
     quality = _judge_images(job, exported, Path(source), eval_prompts)
     return finish(job, exported, {**fidelity, "quality": quality})
+
+
+def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], None]) -> dict[str, Any]:
+    """The main job from a request to its report. Raises PcrExportError for everything that a person can mend."""
+    request.check()
+    make_folder(request.folder())
+    model = load_model(request.entry())
+    calibration, evaluation = request.prompt_sets()
+    recipe = request.recipe(model.entry, len(calibration))
+    job = Job(
+        denoiser=model.denoiser(),
+        recipe=recipe,
+        conditions=choose_prompts(calibration, recipe.calib_size, recipe.seed),
+        folder=request.folder(),
+        resume=request.resume,
+        validate=request.validate,
+        track=track,
+        log=log,
+    )
+    return export_pipeline(job, model, evaluation[: request.num_images(recipe, len(evaluation))])
 
 
 def _package(job: Job, model: LoadedModel) -> Facts:

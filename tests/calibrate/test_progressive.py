@@ -154,5 +154,5 @@ def test_calibrated_simulation_stays_near_the_float_model():
 def test_overflowing_activations_name_the_site():
     denoiser = class_conditional_denoiser()
     denoiser.network.conv_in.weight.data[:] = 1e38
-    with pytest.raises(PcrExportError, match="site .*NaN or infinite"):
+    with pytest.raises(PcrExportError, match=r"site .*NaN or infinite"):
         run(denoiser)

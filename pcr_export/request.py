@@ -1,0 +1,134 @@
+"""What was asked for on the command line, and what it means for a model: its recipe, prompts and folder. No heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import CatalogEntry, resolve
+from pcr_export.prompts import packaged_prompts, read_prompts
+from pcr_export.recipe import Recipe, parse_bits
+
+CALIBRATION_PIXELS_PER_CALL = 2**20  # prompts of one UNet call, times height and width
+VALIDATION_PIXELS = 2**19  # validation images, times height and width
+MOST_IMAGES = 128
+REFERENCE = "tiny-sdxl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """The arguments of `pcr-export MODEL`. None means the model's own."""
+
+    model: str
+    out: Path
+    bits: str
+    steps: int | None
+    guidance_scale: float | None
+    height: int | None
+    width: int | None
+    calib_size: int
+    calib_batch: int | None
+    prompts_file: Path | None
+    eval_prompts_file: Path | None
+    images: int | None
+    scheme: str
+    ranges: str
+    percentile: float
+    affine: bool
+    relax: str | None
+    relax_bits: int
+    skip: list[str] | None
+    seed: int
+    resume: bool
+    validate: bool
+
+    def entry(self) -> CatalogEntry:
+        """The model that was asked for, with the sampling settings that were."""
+        asked: dict[str, Any] = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+        }
+        return replace(resolve(self.model), **{name: value for name, value in asked.items() if value is not None})
+
+    def folder(self) -> Path:
+        """The output folder, NAME-wXaY."""
+        return self.out / f"{self.entry().name}-{self.bits.lower()}"
+
+    def prompt_sets(self) -> tuple[list[str], list[str]]:
+        """The prompts to calibrate on and those to validate with: the user's files, or the sets of calib/."""
+        name = REFERENCE if self.model == REFERENCE else "general"
+        return (
+            read_prompts(self.prompts_file or packaged_prompts(name)),
+            read_prompts(self.eval_prompts_file or packaged_prompts(f"{name}-eval")),
+        )
+
+    def check(self) -> None:
+        """Raise PcrExportError for everything that can be refused before a model is loaded."""
+        entry = self.entry()
+        self.recipe(
+            replace(
+                entry,
+                num_inference_steps=entry.num_inference_steps or 1000,
+                guidance_scale=entry.guidance_scale or 0.0,
+                height=entry.height or 512,
+                width=entry.width or 512,
+            ),
+            num_prompts=len(self.prompt_sets()[0]),
+        )
+        if self.validate and self.images is not None and self.images < 2:
+            raise PcrExportError(f"--images {self.images}: give 2 or more, or --no-validate")
+
+    def recipe(self, entry: CatalogEntry, num_prompts: int) -> Recipe:
+        """The recipe for a model whose own settings are all known."""
+        if None in (entry.num_inference_steps, entry.guidance_scale, entry.height, entry.width):
+            raise ValueError("the entry's sampling settings are not complete")
+        weight_bits, activation_bits = parse_bits(self.bits)
+        pixels = max(1, int(entry.height or 0) * int(entry.width or 0))
+        own_relax = f"{entry.relaxed_end}:20%" if entry.relaxed_end else "none"
+        return Recipe(
+            model=self.model,
+            num_inference_steps=int(entry.num_inference_steps or 0),
+            guidance_scale=float(entry.guidance_scale or 0),
+            height=int(entry.height or 0),
+            width=int(entry.width or 0),
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            scheme=self.scheme,
+            ranges=self.ranges,
+            percentile=self.percentile,
+            affine=self.affine,
+            relax=own_relax if self.relax is None else self.relax,
+            relax_bits=self.relax_bits,
+            skip=(*Recipe.skip, *(self.skip or ())),
+            calib_size=min(self.calib_size, num_prompts),
+            calib_batch=max(1, CALIBRATION_PIXELS_PER_CALL // pixels) if self.calib_batch is None else self.calib_batch,
+            seed=self.seed,
+        )
+
+    def num_images(self, recipe: Recipe, num_prompts: int) -> int:
+        """How many images validation makes."""
+        own = max(2, min(MOST_IMAGES, VALIDATION_PIXELS // (recipe.height * recipe.width)))
+        return min(num_prompts, own if self.images is None else self.images)
+
+    def plan_rows(self) -> list[tuple[str, str]]:
+        """The plan for --dry-run, which loads no model: (setting, value)."""
+        entry, (calibration, evaluation) = self.entry(), self.prompt_sets()
+        own = "the model's own"
+        sampling = ("name", "source", "num_inference_steps", "guidance_scale", "height", "width")
+        rows = [(name, own if (value := getattr(entry, name)) is None else str(value)) for name in sampling]
+        asked = ("bits", "scheme", "ranges", "affine", "relax", "relax_bits", "calib_batch", "seed")
+        rows += [(name, own if (value := getattr(self, name)) is None else str(value)) for name in asked]
+        return [
+            *rows,
+            ("calibration prompts", f"{min(self.calib_size, len(calibration))} of {len(calibration)}"),
+            ("validation prompts", f"of {len(evaluation)}" if self.validate else "no validation"),
+            (
+                "stages",
+                "calibrate, float ONNX, quantize, package" + (", validate, images, quality" if self.validate else ""),
+            ),
+            ("output", str(self.folder())),
+        ]
