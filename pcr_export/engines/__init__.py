@@ -1,0 +1,1 @@
+"""Quantized ONNX -> something that runs: one file per runtime."""

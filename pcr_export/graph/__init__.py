@@ -1,0 +1,1 @@
+"""StepScales + float ONNX -> quantized ONNX."""

@@ -1,0 +1,29 @@
+"""The passes that turn a float graph into the integer graph, in the order in which they run."""
+
+from pcr_export.graph.job import Pass
+from pcr_export.graph.passes.absorb_upsampling import AbsorbUpsampling
+from pcr_export.graph.passes.branch_on_relaxed import BranchOnRelaxed
+from pcr_export.graph.passes.channels_last import ChannelsLast
+from pcr_export.graph.passes.find_layers import FindLayers
+from pcr_export.graph.passes.find_step import FindStep
+from pcr_export.graph.passes.flatten_attention import FlattenAttention
+from pcr_export.graph.passes.fuse_silu import FuseSilu
+from pcr_export.graph.passes.group_norm import LowerGroupNorm
+from pcr_export.graph.passes.lower_layers import LowerLayers
+from pcr_export.graph.passes.split_gated import SplitGated
+from pcr_export.graph.passes.tidy import MergeEqual, Tidy
+
+ONNXRUNTIME_PASSES: tuple[type[Pass], ...] = (
+    FindLayers,  # which nodes are quantized layers
+    FuseSilu,
+    MergeEqual,
+    ChannelsLast,  # pictures as [batch, height, width, channels]
+    FlattenAttention,
+    SplitGated,
+    AbsorbUpsampling,
+    LowerGroupNorm,
+    FindStep,  # the tables of scales, and this step's row
+    BranchOnRelaxed,  # two forms where some step is relaxed
+    LowerLayers,  # integers
+    Tidy,
+)

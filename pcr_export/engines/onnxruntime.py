@@ -1,0 +1,110 @@
+"""onnxruntime on the CPU: the engine that runs everywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from pcr_export.errors import PcrExportError
+
+QUIET = 3  # onnxruntime's log level for errors
+LOAD_ERRORS = (
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+)
+RUN_ERRORS = (state.Fail, state.InvalidArgument, state.RuntimeException, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of one call."""
+
+    p50: float
+    p95: float
+
+
+class OnnxRuntimeEngine:
+    """A denoiser's ONNX file in an onnxruntime session; open inside `with`.
+
+    Args:
+        path: the model file; its external data lies beside it.
+        threads: of one operator; None leaves the choice to onnxruntime (one per physical core).
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        self.path = path
+        self.threads = threads
+        self._session: onnxruntime.InferenceSession | None = None
+
+    def __enter__(self) -> OnnxRuntimeEngine:
+        if not self.path.is_file():
+            raise PcrExportError(f"{self.path} does not exist: export the model first")
+        try:
+            self._session = onnxruntime.InferenceSession(self.path, _options(self.threads), ["CPUExecutionProvider"])
+        except LOAD_ERRORS as error:
+            raise PcrExportError(f"onnxruntime cannot load {self.path} ({_line(error)}): export the model again") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._session = None
+
+    @property
+    def session(self) -> onnxruntime.InferenceSession:
+        """The open session."""
+        if self._session is None:
+            raise RuntimeError("OnnxRuntimeEngine is used inside `with`")
+        return self._session
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The output for one step: float32, a copy of its own. `inputs` are arrays by name, the timestep of rank 0.
+
+        Raises:
+            PcrExportError: an input is missing, unknown, or of the wrong type or shape.
+        """
+        feed = {name: np.asarray(value) for name, value in inputs.items()}
+        expected = {each.name for each in self.session.get_inputs()}
+        if feed.keys() != expected:
+            raise PcrExportError(f"{self.path.name} takes the inputs {sorted(expected)}, not {sorted(feed)}")
+        try:
+            return np.array(self.session.run(None, feed)[0])
+        except RUN_ERRORS as error:
+            raise PcrExportError(f"{self.path.name} does not run on these inputs: {_line(error)}") from error
+
+    def latency(self, inputs: Mapping[str, np.ndarray], runs: int) -> Latency:
+        """Wall time of `runs` calls after two that warm up."""
+        feed = {name: np.asarray(value) for name, value in inputs.items()}
+        for _ in range(2):
+            self.run(feed)
+        times = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            self.session.run(None, feed)
+            times.append(1000 * (time.perf_counter() - start))
+        p50, p95 = np.percentile(times, [50, 95])
+        return Latency(p50=float(p50), p95=float(p95))
+
+
+def _options(threads: int | None) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Without VNNI, u8 x s8 kernels add pairs in 16 bits and saturate; this picks kernels that do not. No cost with VNNI.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,71 @@
+"""The integer weights of the layers, made one layer at a time from the mapped float file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from pcr_export.calibrate.weights.nearest import quantize_weight
+from pcr_export.errors import PcrExportError
+from pcr_export.graph.job import Job, attribute
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """Initializers of one quantized layer, or of a part of its output channels."""
+
+    q: ir.Value  # int8 [fan_in, out_channels]; a convolution's fan_in is height-major, channels innermost
+    scale: ir.Value  # float32 [out_channels]
+    bias: ir.Value | None  # float32 [out_channels]
+
+
+@dataclass
+class LayerWeights:
+    """Makes each layer's integer weights once, however many nodes read them."""
+
+    job: Job
+    made: dict[tuple[str, int | None, int | None], IntegerWeight] = field(default_factory=dict)
+    latest: tuple[str, np.ndarray, np.ndarray] | None = None  # the last layer's name, integers [fan_in, out] and scales
+
+    def of(self, node: ir.Node) -> IntegerWeight:
+        """The weights that a pcr.Linear or pcr.Conv reads."""
+        key = (attribute(node, "layer"), attribute(node, "start"), attribute(node, "end"))
+        if key not in self.made:
+            self.made[key] = self._make(node, *key)
+        return self.made[key]
+
+    def _make(self, node: ir.Node, layer: str, start: int | None, end: int | None) -> IntegerWeight:
+        q, scale = self._quantize(node, layer)
+        name = layer if start is None else f"{layer}.{start}:{end}"
+        part = slice(start, end)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None and start is not None:
+            assert bias.const_value is not None
+            bias = self.job.initializer(bias.const_value.numpy()[part], f"{name}.bias")
+        return IntegerWeight(
+            q=self.job.initializer(np.ascontiguousarray(q[:, part]), f"{name}.weight_q"),
+            scale=self.job.initializer(scale[part], f"{name}.weight_scale"),
+            bias=bias,
+        )
+
+    def _quantize(self, node: ir.Node, layer: str) -> tuple[np.ndarray, np.ndarray]:
+        """int8 [fan_in, out_channels] and float32 [out_channels], from torch's layout [out, in, ...] as in the simulation."""
+        if self.latest is None or self.latest[0] != layer:
+            assert node.inputs[1] is not None
+            tensor = node.inputs[1].const_value
+            assert tensor is not None
+            self.latest = (layer, *_quantize(tensor, layer, bool(attribute(node, "transposed", 0))))
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
+        return self.latest[1], self.latest[2]
+
+
+def _quantize(tensor: ir.TensorProtocol, layer: str, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+    weight = tensor.numpy()
+    try:
+        q, scale = quantize_weight(np.ascontiguousarray(weight.T if transposed else weight, np.float32))
+    except ValueError as error:
+        raise PcrExportError(f"{layer}: {error}; the float network is damaged, load it again") from error
+    return q.transpose(2, 3, 1, 0).reshape(-1, len(q)) if q.ndim == 4 else q.T, scale

@@ -1,0 +1,103 @@
+"""StepScales + float ONNX -> quantized ONNX in onnxruntime's dialect: the whole job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from pcr_export.errors import PcrExportError
+from pcr_export.graph.job import Job
+from pcr_export.graph.passes import ONNXRUNTIME_PASSES
+from pcr_export.graph.weight_file import WeightFile
+from pcr_export.sites import Layer
+from pcr_export.step_scales import StepScales
+
+IR_VERSION = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphReport:
+    """What the quantizing job made."""
+
+    onnx_bytes: int  # model file and its external data
+    float_bytes: int  # the same of the float graph
+    quantizers: int  # quantized tensors
+    layers: tuple[str, ...]  # module paths of the quantized layers
+    rewrites: dict[str, int]  # pass -> places that it rewrote
+
+
+def quantize_onnx(float_path: Path, scales: StepScales, layers: Sequence[Layer], out_path: Path) -> GraphReport:
+    """Write the integer form of the float graph to `out_path`, its external data beside it in `<out_path>_data`.
+
+    The result has the float graph's inputs and output. Weights are read from the mapped float file and written one layer
+    at a time. Same input, same bytes.
+
+    Args:
+        float_path: what `export_float_onnx` wrote.
+        scales: the activation quantizers; their layers are quantized to int8 weights per output channel, to nearest.
+        layers: every Linear and Conv2d of the network; one with a reason stays float.
+        out_path: the model file to write.
+
+    Raises:
+        PcrExportError: the float file is unreadable, no layer is quantized, or a layer of `scales` is not in the graph.
+    """
+    _check_layers(scales, layers)
+    model = _load(float_path)
+    with WeightFile(out_path) as weights:
+        job = Job(graph=model.graph, scales=scales, timestep=_timestep(model.graph), weights=weights)
+        rewrites = {each.__name__: each().apply(job) for each in ONNXRUNTIME_PASSES}
+        _move_weights(job)
+        model.graph.opset_imports["com.microsoft"] = 1
+        model.ir_version = IR_VERSION
+        weights.commit(model)
+    return GraphReport(
+        onnx_bytes=_bytes(out_path),
+        float_bytes=_bytes(float_path),
+        quantizers=job.quantizers,
+        layers=tuple(sorted(scales.layers)),
+        rewrites=rewrites,
+    )
+
+
+def _check_layers(scales: StepScales, layers: Sequence[Layer]) -> None:
+    if not scales.layers:
+        raise PcrExportError("the scales name no layer to quantize: calibrate again")
+    float_layers = {layer.name: layer.reason for layer in layers if layer.reason is not None}
+    for name in scales.layers:
+        if name in float_layers:
+            raise PcrExportError(f"{name} has scales but is to stay float ({float_layers[name]}): calibrate again")
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PcrExportError(f"{path} is no readable ONNX graph ({error}): export it again") from error
+
+
+def _timestep(graph: ir.Graph) -> str:
+    scalars = [str(value.name) for value in graph.inputs if value.shape is not None and len(value.shape) == 0]
+    if len(scalars) != 1:
+        raise PcrExportError(f"the float graph must have one rank-0 input, the timestep; it has {scalars}: export it again")
+    return scalars[0]
+
+
+def _move_weights(job: Job) -> None:
+    """Weights that stayed float go from the float graph's file to the new one."""
+    read = {value for node in job.graph.all_nodes() for value in node.inputs}
+    for name, value in list(job.graph.initializers.items()):
+        tensor = value.const_value
+        if value not in read or tensor is None:
+            del job.graph.initializers[name]
+        elif value not in job.own:
+            value.const_value = job.weights.store(tensor.numpy(), name)
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
+
+
+def _bytes(path: Path) -> int:
+    data = path.with_name(path.name + "_data")
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)

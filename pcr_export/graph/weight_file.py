@@ -1,0 +1,65 @@
+"""External data of an ONNX model, written as the tensors come: one in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+INLINE_BYTES = 1024  # smaller tensors stay inside the model file, where shape inference sees them
+ALIGNMENT = 4096  # of tensors in the data file, so that an engine can map them
+
+
+class WeightFile:
+    """Appends tensors to `<model path>_data` under a temporary name; `commit` puts both files in place.
+
+    Used as a context manager: leaving it without `commit` removes the temporary file.
+    """
+
+    def __init__(self, model_path: Path) -> None:
+        self.model_path = model_path
+        self.data_path = model_path.with_name(model_path.name + "_data")
+        self._temporary = self.data_path.with_name(self.data_path.name + ".tmp")
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> WeightFile:
+        self.model_path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._temporary.open("wb")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def store(self, array: np.ndarray, name: str) -> ir.TensorProtocol:
+        """Append `array` and return the ONNX tensor that points at it; small ones stay in memory."""
+        if array.nbytes < INLINE_BYTES:
+            return ir.tensor(np.array(array, order="C"), name=name)
+        assert self._file is not None, "WeightFile is used inside `with`"
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        np.ascontiguousarray(array).tofile(self._file)
+        return ir.ExternalTensor(
+            location=self.data_path.name,
+            offset=offset,
+            length=array.nbytes,
+            dtype=ir.DataType.from_numpy(array.dtype),
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=self.model_path.parent,
+        )
+
+    def commit(self, model: ir.Model) -> None:
+        """Write the model file beside the data and put both under their final names."""
+        assert self._file is not None, "WeightFile is used inside `with`"
+        self._file.close()
+        self._file = None
+        temporary = self.model_path.with_name(self.model_path.name + ".tmp")
+        temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        os.replace(self._temporary, self.data_path)
+        os.replace(temporary, self.model_path)
