@@ -1,0 +1,1 @@
+"""The output folder: written beside the quantized UNet, and run from alone."""

@@ -18,6 +18,7 @@ REFERENCE_MODEL = Path(__file__).parent / "reference" / "tiny-sdxl"
 WHAT_A_PIPELINE_IS = (
     "a pipeline folder holds model_index.json beside unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
 )
+FEWEST_STEPS_TO_RELAX = 10  # a fifth of fewer is less than two steps
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -174,12 +175,13 @@ def fill_in(entry: CatalogEntry, *, class_name: str, sample_size: int, few_steps
     """
     is_xl = class_name == "StableDiffusionXLPipeline"
     steps, guidance = (4, 8.0) if few_steps else (50, 5.0 if is_xl else 7.5)
-    known = entry.num_inference_steps is not None
+    steps = steps if entry.num_inference_steps is None else entry.num_inference_steps
+    end: Literal["first", "last"] = "first" if is_xl else "last"
     return replace(
         entry,
-        num_inference_steps=entry.num_inference_steps or steps,
+        num_inference_steps=steps,
         guidance_scale=guidance if entry.guidance_scale is None else entry.guidance_scale,
-        relaxed_end=entry.relaxed_end if known or few_steps else ("first" if is_xl else "last"),
+        relaxed_end=None if steps < FEWEST_STEPS_TO_RELAX else entry.relaxed_end or end,
         height=entry.height or sample_size,
         width=entry.width or sample_size,
     )

@@ -1,0 +1,241 @@
+"""From an exported folder alone to images: diffusers' own pipeline whose networks are onnxruntime sessions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import onnxruntime as ort
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NotImplemented,
+)
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import CatalogEntry, fill_in, read_json, read_model_index
+from pcr_export.models.denoiser import sample
+from pcr_export.models.load import LoadedModel
+from pcr_export.models.pipelines import Pipeline
+from pcr_export.qdiffbench.images import to_uint8
+from pcr_export.recipe import recipe_from_json
+
+UNREADABLE = (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NotImplemented,
+)  # what onnxruntime raises for a bad model file
+
+
+def generate(
+    folder: Path,
+    prompt: str,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str = "",
+) -> np.ndarray:
+    """Draw `prompt` with an exported folder.
+
+    Args:
+        folder: what an export wrote.
+        steps, guidance_scale: None for those of the export's recipe.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        PcrExportError: as `load_exported_pipeline` does.
+    """
+    model = load_exported_model(folder)
+    entry = model.entry
+    entry = replace(
+        entry,
+        num_inference_steps=entry.num_inference_steps if steps is None else steps,
+        guidance_scale=entry.guidance_scale if guidance_scale is None else guidance_scale,
+    )
+    denoiser = replace(model, entry=entry).denoiser(negative_prompt=negative_prompt)
+    assert denoiser.decode is not None
+    return to_uint8(denoiser.decode(sample(denoiser, denoiser, [prompt], [seed])))[0]
+
+
+def load_exported_model(folder: Path, threads: int | None = None) -> LoadedModel:
+    """An exported folder as a model: its pipeline, and the sampling settings of its recipe (without one, its class's common ones).
+
+    Raises:
+        PcrExportError: as `load_exported_pipeline` does, or the recipe is damaged.
+    """
+    pipeline = load_exported_pipeline(folder, threads)
+    entry = CatalogEntry(name=folder.resolve().name, source=str(folder))
+    path = folder / "recipe.json"
+    if path.is_file():
+        recipe = recipe_from_json(path.read_text("utf-8"))
+        names = ("num_inference_steps", "guidance_scale", "height", "width")
+        entry = replace(entry, **{name: getattr(recipe, name) for name in names})
+    size = pipeline.unet.config.sample_size
+    filled = fill_in(
+        entry,
+        class_name=type(pipeline).__name__,
+        sample_size=(size if isinstance(size, int) else size[0]) * pipeline.vae_scale_factor,
+        few_steps=pipeline.unet.config.time_cond_proj_dim is not None,
+    )
+    return LoadedModel(entry=filled, pipeline=pipeline)
+
+
+def load_exported_pipeline(folder: Path, threads: int | None = None) -> Pipeline:
+    """The diffusers pipeline of an exported folder, its networks run by onnxruntime on the CPU; no torch weights are read.
+
+    Args:
+        folder: with model_index.json and the ONNX of every part.
+        threads: of each session; None for onnxruntime's choice.
+
+    Raises:
+        PcrExportError: the folder is no export, or a part of it is missing or damaged.
+    """
+    index = read_model_index(folder)
+    if not (folder / "unet" / "model.onnx").is_file():
+        raise PcrExportError(
+            f"{folder} has no unet/model.onnx, so it is no exported folder: make one with `pcr-export {folder}`"
+        )
+    parts: dict[str, Any] = {
+        "unet": OnnxUnet(folder / "unet", threads),
+        "vae": OnnxVae(folder / "vae_decoder", threads),
+        "text_encoder": OnnxTextEncoder(folder / "text_encoder", threads),
+        "tokenizer": _read_tokenizer(folder / "tokenizer"),
+        "scheduler": _read_scheduler(folder / "scheduler"),
+    }
+    if index["_class_name"] == "StableDiffusionXLPipeline":
+        parts |= {
+            "text_encoder_2": OnnxTextEncoder(folder / "text_encoder_2", threads),
+            "tokenizer_2": _read_tokenizer(folder / "tokenizer_2"),
+            "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
+            "add_watermarker": False,
+        }
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline: DiffusionPipeline = getattr(diffusers, index["_class_name"])(**parts)
+    return pipeline
+
+
+class OnnxPart(nn.Module):
+    """A part of a pipeline whose network is an onnxruntime session; diffusers reads config, dtype and device of it."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        super().__init__()
+        self.config = FrozenDict(read_json(folder / "config.json"))
+        self.session = open_session(folder / "model.onnx", threads)
+        self.output_names = [output.name for output in self.session.get_outputs()]
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every output by name."""
+        arrays = self.session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        return {name: torch.from_numpy(array) for name, array in zip(self.output_names, arrays, strict=True)}
+
+
+class OnnxUnet(OnnxPart):
+    """Called as a UNet2DConditionModel is."""
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        super().__init__(folder, threads)
+        # the one weight's size that StableDiffusionXLPipeline looks up
+        self.add_embedding = SimpleNamespace(
+            linear_1=SimpleNamespace(in_features=self.config.get("projection_class_embeddings_input_dim"))
+        )
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        **_unused: Any,
+    ) -> tuple[Tensor]:
+        """(noise or v, of sample's shape,)."""
+        inputs = {
+            "sample": sample,
+            "timestep": timestep.to(torch.float32),
+            "encoder_hidden_states": encoder_hidden_states,
+        }
+        inputs |= added_cond_kwargs or {}
+        if timestep_cond is not None:
+            inputs["timestep_cond"] = timestep_cond
+        return (self.run(inputs)[self.output_names[0]],)
+
+
+class OnnxTextEncoder(OnnxPart):
+    """Called as a CLIPTextModel or a CLIPTextModelWithProjection is."""
+
+    def forward(self, input_ids: Tensor, **_unused: Any) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
+        """Every output, hidden states too; the last hidden state closes them as optimum closes them."""
+        outputs = self.run({"input_ids": input_ids})
+        last = outputs["last_hidden_state"]
+        hidden = (*(outputs[f"hidden_states.{i}"] for i in range(self.config["num_hidden_layers"])), last)
+        if "text_embeds" in outputs:
+            return CLIPTextModelOutput(text_embeds=outputs["text_embeds"], last_hidden_state=last, hidden_states=hidden)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=outputs["pooler_output"], hidden_states=hidden
+        )
+
+
+class OnnxVae(OnnxPart):
+    """Called as an AutoencoderKL is; it decodes only."""
+
+    def decode(self, latents: Tensor, **_unused: Any) -> tuple[Tensor]:
+        """(images float32 [batch, 3, h f, w f] in -1..1,)."""
+        return (self.run({"latent_sample": latents})["sample"],)
+
+
+def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
+    """An onnxruntime session on the CPU. Raises PcrExportError where the file is missing or damaged."""
+    if not path.is_file():
+        raise PcrExportError(f"{path} is missing: export again")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except UNREADABLE as error:
+        raise PcrExportError(
+            f"{path} can't be read by onnxruntime ({str(error).splitlines()[0]}): export again"
+        ) from error
+
+
+def _read_tokenizer(folder: Path) -> CLIPTokenizer:
+    if not (folder / "vocab.json").is_file():
+        raise PcrExportError(f"{folder / 'vocab.json'} is missing: export again")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PcrExportError(f"{folder} holds no readable tokenizer ({error}): export again") from error
+
+
+def _read_scheduler(folder: Path) -> Any:
+    config = read_json(folder / "scheduler_config.json")
+    name = str(config.get("_class_name"))
+    scheduler = getattr(diffusers, name, None)
+    if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+        raise PcrExportError(f"{folder} names {name}, which is no scheduler of diffusers: export again")
+    from_config: Any = getattr(scheduler, "from_config")  # noqa: B009 - diffusers mixes it in where types don't see it
+    return from_config(config)
