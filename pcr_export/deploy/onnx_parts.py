@@ -84,7 +84,6 @@ class _VaeDecoder(nn.Module):
 def _export(
     module: nn.Module, example: dict[str, Tensor], outputs: list[str], axes: Mapping[str, Mapping[int, str]], path: Path
 ) -> None:
-    shapes = {name: {axis: torch.export.Dim(symbol) for axis, symbol in axes[name].items()} for name in example}
     try:
         with torch.inference_mode(False), torch.no_grad(), _quiet():
             program = torch.onnx.export(
@@ -94,7 +93,7 @@ def _export(
                 opset_version=OPSET,
                 input_names=list(example),
                 output_names=outputs,
-                dynamic_shapes=shapes,
+                dynamic_shapes={name: dict(axes[name]) for name in example},
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:

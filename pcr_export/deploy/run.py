@@ -9,23 +9,16 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import onnxruntime as ort
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from onnxruntime.capi.onnxruntime_pybind11_state import (
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NotImplemented,
-)
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, fill_in, read_json, read_model_index
 from pcr_export.models.denoiser import sample
@@ -33,14 +26,6 @@ from pcr_export.models.load import LoadedModel
 from pcr_export.models.pipelines import Pipeline
 from pcr_export.qdiffbench.images import to_uint8
 from pcr_export.recipe import recipe_from_json
-
-UNREADABLE = (
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NotImplemented,
-)  # what onnxruntime raises for a bad model file
 
 
 def generate(
@@ -143,12 +128,14 @@ class OnnxPart(nn.Module):
     def __init__(self, folder: Path, threads: int | None) -> None:
         super().__init__()
         self.config = FrozenDict(read_json(folder / "config.json"))
-        self.session = open_session(folder / "model.onnx", threads)
-        self.output_names = [output.name for output in self.session.get_outputs()]
+        self.engine = OnnxRuntimeEngine(
+            folder / "model.onnx", threads
+        ).__enter__()  # closed with the last reference to it
+        self.output_names = [output.name for output in self.engine.session.get_outputs()]
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every output by name."""
-        arrays = self.session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        arrays = self.engine.session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(self.output_names, arrays, strict=True)}
 
 
@@ -204,22 +191,6 @@ class OnnxVae(OnnxPart):
     def decode(self, latents: Tensor, **_unused: Any) -> tuple[Tensor]:
         """(images float32 [batch, 3, h f, w f] in -1..1,)."""
         return (self.run({"latent_sample": latents})["sample"],)
-
-
-def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
-    """An onnxruntime session on the CPU. Raises PcrExportError where the file is missing or damaged."""
-    if not path.is_file():
-        raise PcrExportError(f"{path} is missing: export again")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except UNREADABLE as error:
-        raise PcrExportError(
-            f"{path} can't be read by onnxruntime ({str(error).splitlines()[0]}): export again"
-        ) from error
 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -159,7 +159,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise PcrExportError(f"{path} can't be read ({error}): fetch or export the folder again") from error
+        reason = getattr(error, "strerror", None) or error
+        raise PcrExportError(f"{path} can't be read ({reason}): fetch or export the folder again") from error
     if not isinstance(value, dict):
         raise PcrExportError(f"{path} holds no JSON object: fetch or export the folder again")
     return value

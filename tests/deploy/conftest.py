@@ -1,0 +1,62 @@
+"""Exported folders, made once: SDXL with its float UNet, and SD 1.x whose UNet is a few sums of every input that such a UNet takes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.parser
+import pytest
+from models.tiny_pipelines import TOKENS, tiny_sd, tiny_sdxl
+
+from pcr_export.deploy.folder import write_configs, write_pipeline_folder
+from pcr_export.deploy.onnx_parts import export_text_encoder
+from pcr_export.graph.to_onnx import export_float_onnx
+from pcr_export.models.catalog import resolve
+from pcr_export.models.load import LoadedModel, load_model
+
+
+@dataclass(frozen=True)
+class ExportedFolder:
+    model: LoadedModel  # what was exported
+    folder: Path
+
+
+TOY_UNET = """
+<ir_version: 10, opset_import: ["" : 21]>
+unet (float[batch, 4, height, width] sample, float timestep, float[batch, 16, 32] encoder_hidden_states,
+      float[batch, 24] timestep_cond) => (float[batch, 4, height, width] out_sample)
+{
+    context = ReduceMean <keepdims = 0> (encoder_hidden_states)
+    guidance = ReduceMean <keepdims = 0> (timestep_cond)
+    thousand = Constant <value_float = 1000.0> ()
+    time = Div (timestep, thousand)
+    a = Mul (sample, time)
+    b = Add (a, context)
+    out_sample = Add (b, guidance)
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
+    folder = tmp_path_factory.mktemp("sdxl")
+    model = load_model(resolve(str(tiny_sdxl(folder / "source"))))
+    write_pipeline_folder(model.pipeline, folder / "exported")
+    denoiser = model.denoiser()
+    example = next(denoiser.walk(["a", "b"], [0, 1]))
+    export_float_onnx(denoiser, example, folder / "exported" / "unet" / "model.onnx")
+    return ExportedFolder(model, folder / "exported")
+
+
+@pytest.fixture(scope="session")
+def lcm(sdxl: ExportedFolder, tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
+    folder = tmp_path_factory.mktemp("lcm")
+    model = load_model(resolve(str(tiny_sd(folder / "source", scheduler="LCMScheduler", time_cond_proj_dim=24))))
+    shutil.copytree(sdxl.folder / "vae_decoder", folder / "exported" / "vae_decoder")  # the same seed made the same VAE
+    write_configs(model.pipeline, folder / "exported")
+    export_text_encoder(model.pipeline.text_encoder, TOKENS, folder / "exported" / "text_encoder" / "model.onnx")
+    onnx.save(onnx.parser.parse_model(TOY_UNET), folder / "exported" / "unet" / "model.onnx")
+    return ExportedFolder(model, folder / "exported")

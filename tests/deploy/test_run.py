@@ -1,0 +1,152 @@
+"""Running from the folder alone gives the torch pipeline's images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deploy.conftest import ExportedFolder
+
+from pcr_export.deploy.run import generate, load_exported_model, load_exported_pipeline
+from pcr_export.errors import PcrExportError
+from pcr_export.models.denoiser import sample
+from pcr_export.models.pipelines import denoiser_from_pipeline
+from pcr_export.recipe import Recipe
+
+PROMPTS, SEEDS = ["a red circle", "a star"], [5, 6]
+ROUNDING = (
+    1e-4  # float32, another order of summation than torch's, carried through every step; the values are of order 1
+)
+SETTINGS = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 16, "width": 16}
+
+
+@pytest.fixture
+def copy(sdxl: ExportedFolder, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sdxl.folder, tmp_path / "copy"))
+
+
+def test_folder_walks_as_the_torch_pipeline_does(sdxl: ExportedFolder) -> None:
+    with_torch = denoiser_from_pipeline(sdxl.model.pipeline, **SETTINGS)
+    with_onnx = denoiser_from_pipeline(load_exported_pipeline(sdxl.folder, threads=1), **SETTINGS)
+    latents = [sample(denoiser, denoiser, PROMPTS, SEEDS) for denoiser in (with_torch, with_onnx)]
+    torch.testing.assert_close(latents[1], latents[0], atol=ROUNDING, rtol=0)
+    images = [d.decode(x) for d, x in zip((with_torch, with_onnx), latents, strict=True) if d.decode is not None]
+    torch.testing.assert_close(images[1], images[0], atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "lcm"])
+def test_walk_starts_from_the_same_noise_and_text(name: str, request: pytest.FixtureRequest) -> None:
+    exported = request.getfixturevalue(name)
+    with_torch = denoiser_from_pipeline(exported.model.pipeline, **SETTINGS)
+    with_onnx = denoiser_from_pipeline(load_exported_pipeline(exported.folder, threads=1), **SETTINGS)
+    assert with_onnx.dynamic_axes == with_torch.dynamic_axes
+    assert with_onnx.timesteps == with_torch.timesteps
+    first = [next(denoiser.walk(PROMPTS, SEEDS)) for denoiser in (with_torch, with_onnx)]
+    assert list(first[1]) == list(first[0])
+    assert torch.equal(first[1]["sample"], first[0]["sample"])
+    for key, tensor in first[0].items():
+        torch.testing.assert_close(first[1][key], tensor, atol=ROUNDING, rtol=0)
+
+
+def test_latent_consistency_unet_is_given_the_guidance(lcm: ExportedFolder) -> None:
+    denoiser = denoiser_from_pipeline(load_exported_pipeline(lcm.folder, threads=1), **SETTINGS)
+    inputs = next(denoiser.walk(PROMPTS, SEEDS))
+    expected = inputs["sample"] * inputs["timestep"] / 1000
+    expected = expected + inputs["encoder_hidden_states"].mean() + inputs["timestep_cond"].mean()
+    torch.testing.assert_close(denoiser(inputs), expected, atol=ROUNDING, rtol=0)
+    assert generate(lcm.folder, "a star", steps=2).shape == (16, 16, 3)
+
+
+def test_diffusers_own_call_works(sdxl: ExportedFolder) -> None:
+    images = []
+    for pipeline in (sdxl.model.pipeline, load_exported_pipeline(sdxl.folder, threads=1)):
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        images.append(pipeline(PROMPTS[0], num_inference_steps=3, generator=generator, output_type="np").images[0])
+    np.testing.assert_allclose(images[1], images[0], atol=ROUNDING, rtol=0)
+
+
+def test_generate(sdxl: ExportedFolder) -> None:
+    image = generate(sdxl.folder, "a red circle", seed=1, steps=2)
+    assert (image.shape, image.dtype) == ((16, 16, 3), np.uint8)
+    assert np.array_equal(image, generate(sdxl.folder, "a red circle", seed=1, steps=2))
+    for other in (
+        generate(sdxl.folder, "a red circle", seed=2, steps=2),
+        generate(sdxl.folder, "a red circle", seed=1, steps=3),
+        generate(sdxl.folder, "a red circle", seed=1, steps=2, guidance_scale=1.0),
+        generate(sdxl.folder, "a red circle", seed=1, steps=2, negative_prompt="red"),
+    ):
+        assert not np.array_equal(image, other)
+
+
+def test_settings_come_from_the_recipe(copy: Path) -> None:
+    assert load_exported_model(copy).entry.num_inference_steps == 50
+    recipe = Recipe(model="x", num_inference_steps=3, guidance_scale=2.0, height=24, width=32)
+    (copy / "recipe.json").write_text(recipe.to_json(), "utf-8")
+    entry = load_exported_model(copy).entry
+    assert (entry.num_inference_steps, entry.guidance_scale, entry.height, entry.width) == (3, 2.0, 24, 32)
+    assert generate(copy, "a star").shape == (24, 32, 3)
+
+
+def test_no_torch_weights_are_read(copy: Path) -> None:
+    assert not list(copy.rglob("*.safetensors"))
+
+
+def test_zero_steps_are_refused(sdxl: ExportedFolder) -> None:
+    with pytest.raises(PcrExportError, match="0 steps can't be sampled"):
+        generate(sdxl.folder, "a star", steps=0)
+
+
+def test_pipeline_that_was_not_exported(sdxl: ExportedFolder) -> None:
+    with pytest.raises(
+        PcrExportError, match=r"no unet/model\.onnx, so it is no exported folder: make one with `pcr-export"
+    ):
+        generate(Path(sdxl.model.entry.source), "a star")
+
+
+def test_folder_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(PcrExportError, match=r"has no model_index\.json"):
+        generate(tmp_path, "a star")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vae_decoder/model.onnx",
+        "text_encoder_2/config.json",
+        "tokenizer_2/vocab.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_missing_part_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(PcrExportError, match=f"{name} .*: .*export") as caught:
+        generate(copy, "a star")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["unet/model.onnx", "text_encoder/model.onnx_data", "vae_decoder/model.onnx"])
+def test_damaged_graph_is_named(copy: Path, name: str) -> None:
+    (copy / name).write_bytes((copy / name).read_bytes()[:100])
+    with pytest.raises(
+        PcrExportError, match=rf"cannot load .*{name.removesuffix('_data')} .*export the model again"
+    ) as caught:
+        generate(copy, "a star")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_recipe(copy: Path) -> None:
+    (copy / "recipe.json").write_text("{}", "utf-8")
+    with pytest.raises(PcrExportError, match="export again"):
+        generate(copy, "a star")
+
+
+def test_scheduler_must_be_one_of_diffusers(copy: Path) -> None:
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "DiffusionPipeline"}), "utf-8")
+    with pytest.raises(PcrExportError, match="DiffusionPipeline, which is no scheduler of diffusers"):
+        generate(copy, "a star")
