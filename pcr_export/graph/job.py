@@ -46,7 +46,8 @@ class Job:
     def initializer(self, array: np.ndarray, name: str) -> ir.Value:
         """A new initializer of the main graph under the first free name that starts with `name`."""
         unique, number = name, 1
-        while unique in self.graph.initializers:
+        taken = {value.name for value in (*self.graph.inputs, *self.graph.outputs)}
+        while unique in self.graph.initializers or unique in taken:
             number += 1
             unique = f"{name}.{number}"
         tensor = self.weights.store(array, unique)
@@ -126,6 +127,16 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
         old.name, new.name = None, old.name
         new.shape, new.type = old.shape, old.type
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def remove_unread(graph: ir.Graph) -> int:
+    """Remove the graph's nodes that nothing reads; returns how many."""
+    count = 0
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+            count += 1
+    return count
 
 
 def static_dim(value: ir.Value, axis: int) -> int | None:

@@ -10,6 +10,7 @@ from pcr_export.graph.passes.flatten_attention import FlattenAttention
 from pcr_export.graph.passes.fuse_silu import FuseSilu
 from pcr_export.graph.passes.group_norm import LowerGroupNorm
 from pcr_export.graph.passes.lower_layers import LowerLayers
+from pcr_export.graph.passes.sink_concat import SinkConcat
 from pcr_export.graph.passes.split_gated import SplitGated
 from pcr_export.graph.passes.tidy import MergeEqual, Tidy
 
@@ -22,6 +23,7 @@ ONNXRUNTIME_PASSES: tuple[type[Pass], ...] = (
     SplitGated,
     AbsorbUpsampling,
     LowerGroupNorm,
+    SinkConcat,
     FindStep,  # the tables of scales, and this step's row
     BranchOnRelaxed,  # two forms where some step is relaxed
     LowerLayers,  # integers

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from pcr_export.graph.job import DOMAIN, MICROSOFT, Emitter, Job, attribute, replace_value
+from pcr_export.graph.job import DOMAIN, MICROSOFT, Emitter, Job, attribute, remove_unread, replace_value
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 AXIS_TO_LAST = (0, 3, 1, 2)  # axis of a channels-first tensor -> its place in the channels-last one
@@ -46,6 +46,7 @@ class _Rewrite:
                 self.done.append(node)
         self._serve_other_readers()
         self.job.graph.remove(list(reversed(self.done)), safe=True)
+        remove_unread(self.job.graph)
         return len(self.done)
 
     def _rule(self, node: ir.Node) -> Callable[[ir.Node, Emitter], bool] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from pcr_export.graph.job import Emitter, Job, attribute, replace_value, static_dim
+from pcr_export.graph.job import Emitter, Job, attribute, remove_unread, replace_value, static_dim
 
 HEADS_FIRST = (0, 2, 1, 3)
 
@@ -20,7 +20,9 @@ class FlattenAttention:
 
     def apply(self, job: Job) -> int:
         """Flatten; returns how many."""
-        return sum(self._flatten(job, node) for node in list(job.graph) if node.op_type == "Attention")
+        count = sum(self._flatten(job, node) for node in list(job.graph) if node.op_type == "Attention")
+        remove_unread(job.graph)
+        return count
 
     def _flatten(self, job: Job, node: ir.Node) -> bool:
         sources = [_flat_source(value) for value in node.inputs[:3]]

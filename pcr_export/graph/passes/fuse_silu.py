@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pcr_export.graph.job import MICROSOFT, Emitter, Job, replace_value
+from pcr_export.graph.job import MICROSOFT, Emitter, Job, remove_unread, replace_value
 
 
 class FuseSilu:
@@ -23,4 +23,5 @@ class FuseSilu:
                 replace_value(node.outputs[0], fused)
                 count += 1
                 break
+        remove_unread(job.graph)
         return count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -58,8 +60,7 @@ class _Lowering:
 
     def _quantize(self, emit: Emitter, x: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
         self.quantizers += attribute(emit.anchor, "digits", 1) == 1
-        shape = None if x.shape is None else list(x.shape)
-        return emit("QuantizeLinear", [x, scale, zero], name="q", shape=shape)
+        return _by_parts(emit, x, "q", lambda part, name: emit("QuantizeLinear", [part, scale, zero], name=name))
 
     def _low_product(self, emit: Emitter, node: ir.Node, q: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
         x = node.inputs[0]
@@ -73,9 +74,9 @@ class _Lowering:
 
     def _quantize_low(self, emit: Emitter, x: ir.Value, q: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
         one = emit.constant(np.array([1], np.float32), "one")
+        middle = emit.constant(np.array([ZERO_OF_LOW_DIGIT], np.uint8), "low_digit_zero")
         high = emit("DequantizeLinear", [q, one, zero], name="high")
         rest = emit("Sub", [emit("Div", [x, scale], name="steps"), high], name="rest")
-        middle = emit.constant(np.array([ZERO_OF_LOW_DIGIT], np.uint8), "low_digit_zero")
         shape = None if x.shape is None else list(x.shape)
         return emit("QuantizeLinear", [rest, self.job.fineness, middle], name="low", shape=shape)
 
@@ -125,6 +126,18 @@ class _Lowering:
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]
+
+
+def _by_parts(emit: Emitter, x: ir.Value, name: str, quantize: Callable[[ir.Value, str], ir.Value]) -> ir.Value:
+    """quantize(x); where x is a concatenation, of its parts, so that bytes are concatenated instead of floats."""
+    shape = None if x.shape is None else list(x.shape)
+    producer = x.producer()
+    if producer is None or producer.op_type != "Concat" or shape is None:
+        q = quantize(x, name)
+        q.shape = x.shape
+        return q
+    parts = [quantize(part, f"{name}{i}") for i, part in enumerate(producer.inputs) if part is not None]
+    return emit("Concat", parts, {"axis": attribute(producer, "axis")}, name=f"{name}_joined", shape=shape)
 
 
 def _label(node: ir.Node) -> str:
