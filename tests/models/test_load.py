@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, resolve
-from pcr_export.models.load import check_folder, load_denoiser, load_model, load_pipeline, weight_variant
+from pcr_export.models.check_folder import check_folder, weight_variant
+from pcr_export.models.load import load_denoiser, load_model, load_pipeline
 
 
 @pytest.fixture(scope="module")
