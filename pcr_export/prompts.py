@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,5 +43,14 @@ def choose_prompts(prompts: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def prompt_seeds(prompts: Sequence[str], seed: int) -> list[int]:
-    """The seed of each prompt's noise: a hash of the prompt and the job's seed, so that order and company don't matter."""
-    return [int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:6], "big") for prompt in prompts]
+    """The seed of each prompt's noise: a hash of the prompt and the job's seed, so that order and company don't matter.
+
+    A prompt that stands there again gets other noise.
+    """
+    seen: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        text = f"{seed}\n{seen[prompt]}\n{prompt}"
+        seen[prompt] += 1
+        seeds.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
+    return seeds

@@ -87,13 +87,13 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     if report["fidelity"]:
         fidelity = report["fidelity"]
-        rows.append(
-            (
-                "artifact against simulation",
-                f"{_db(fidelity['artifact_vs_simulation_sqnr_db'])}, worst step "
-                f"{_db(min(fidelity['per_step'], default=None, key=_sortable))}",
-            )
-        )
+        worst = min(fidelity["per_step"], default=None, key=_sortable)
+        artifact = _db(fidelity["artifact_vs_simulation_sqnr_db"])
+        rows += [
+            ("artifact against simulation", f"{artifact}, worst step {_db(worst)}"),
+            ("rounding alone", _db(fidelity["rounding_floor_sqnr_db"])),
+            ("simulation against FP32", _db(fidelity["simulation_vs_fp32_sqnr_db"])),
+        ]
     if report["quality"]:
         rows.extend(_quality_rows(report["quality"]))
     return rows

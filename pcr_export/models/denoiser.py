@@ -17,17 +17,20 @@ Walk = Generator[Inputs, Tensor, Tensor]  # yields the network's inputs, is sent
 class Denoiser:
     """A network that is called once per denoising step, with how to call it and how to walk its sampling trajectory.
 
-    `walk(conditions, seeds)` is a generator function: for a batch of conditions (prompts, class labels, ...) and one seed per
-    condition it yields the network's named inputs, is sent the network's output (which it must not change in place) and returns the final latents
-    [batch, ...]. It is deterministic: sent the same outputs it yields the same inputs. Every walk makes one call per entry of `timesteps`.
-    A Denoiser never calls the network itself inside `walk`, so the same walk drives float, simulated and exported networks.
+    `walk(conditions, seeds)` is a generator function: for a batch of conditions (prompts, class labels, ...) and one seed
+    per condition it yields the network's named inputs, is sent the network's output (which it must not change in place)
+    and returns the final latents [batch, ...]. It is deterministic: sent the same outputs it yields the same inputs. Every
+    walk makes one call per entry of `timesteps`. A Denoiser never calls the network itself inside `walk`, so the same walk
+    drives float, simulated and exported networks.
     """
 
     network: nn.Module  # in eval mode, float32
     call: Callable[[nn.Module, Inputs], Tensor]  # (network, named inputs) -> output
     walk: Callable[[Sequence[Any], Sequence[int]], Walk]
     timesteps: tuple[float, ...]  # of the calls of one walk, in order; a scheduler may call one twice (PNDM)
-    dynamic_axes: Mapping[str, Mapping[int, str]]  # every input in call order -> {axis: symbolic name}; {} where all is fixed
+    dynamic_axes: Mapping[
+        str, Mapping[int, str]
+    ]  # every input in call order -> {axis: symbolic name}; {} where all is fixed
     timestep: str = "timestep"  # the name of the rank-0 float32 input that tells the step
     output: str = "out_sample"
     output_axes: Mapping[int, str] | None = None  # None: those of the first input
@@ -39,7 +42,9 @@ class Denoiser:
 
 
 @torch.inference_mode()
-def sample(denoiser: Denoiser, call: Callable[[Inputs], Tensor], conditions: Sequence[Any], seeds: Sequence[int]) -> Tensor:
+def sample(
+    denoiser: Denoiser, call: Callable[[Inputs], Tensor], conditions: Sequence[Any], seeds: Sequence[int]
+) -> Tensor:
     """Walk one batch from noise to its final latents with `call` (the float network, its simulation or an engine) as the network."""
     walk = denoiser.walk(conditions, seeds)
     inputs = next(walk)

@@ -11,19 +11,23 @@ import torch
 from torch import Tensor
 
 from pcr_export.calibrate.ranges import quantize_dequantize
-from pcr_export.calibrate.simulate import Simulation, quantizers_of_step
+from pcr_export.calibrate.simulate import QuantizeSites, Simulation, quantizers_of_step
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.progress import Track, silent
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fidelity:
     """SQNRs in dB; infinite where there is no error at all."""
 
     per_call: list[float]  # artifact against simulation, for every call of a trajectory
     overall: float  # the same over all calls
+    rounding_floor: (
+        float  # simulation against itself with inputs one part in 10^7 away: what float32 rounding alone does
+    )
+    simulation: float  # simulation against the float network: the quantization error itself
     sites: dict[str, float]  # the site's quantized activations against what they stand for, over all calls
 
 
@@ -57,10 +61,15 @@ def measure_fidelity(
     *,
     track: Track = silent,
 ) -> Fidelity:
-    """Walk the simulation's trajectory and give the artifact the same inputs at every call."""
-    overall = _Energies()
+    """Walk the simulation's trajectory and give the artifact, and the float network, the same inputs at every call.
+
+    Two faithful float32 implementations of a quantized network differ: an activation next to a rounding boundary falls to either
+    side, and that grows from layer to layer. `rounding_floor` says how much of the artifact's distance that explains.
+    """
+    overall, floor, quantization = _Energies(), _Energies(), _Energies()
     sites = {site: _Energies() for site in scales.sites}
     per_call: list[float] = []
+    calls: list[tuple[Inputs, Tensor]] = []
     walk = denoiser.walk(conditions, seeds)
     inputs = next(walk)
     with (
@@ -68,17 +77,35 @@ def measure_fidelity(
         track("checking the artifact", len(denoiser.timesteps)) as advance,
     ):
         for index in range(len(denoiser.timesteps)):
-            step = scales.nearest_step(float(inputs[denoiser.timestep]))
-            quantizers, bits = quantizers_of_step(scales, step), int(scales.bits[step])
-
-            def visit(site: str, x: Tensor, quantizers: Any = quantizers, bits: int = bits) -> Tensor:
-                quantized = quantize_dequantize(x, quantizers[site].scale, quantizers[site].zero_point, bits)
-                sites[site].add(x, quantized)
-                return quantized
-
-            simulated = simulation.run(inputs, visit)
+            simulated, nearby = _simulate(simulation, scales, inputs, denoiser.timestep, sites)
+            floor.add(simulated, nearby)
             per_call.append(overall.add(simulated, artifact(inputs)))
+            calls.append((inputs, simulated))
             advance(1)
             if index < len(denoiser.timesteps) - 1:
                 inputs = walk.send(simulated)
-    return Fidelity(per_call, overall.db(), {site: energies.db() for site, energies in sites.items()})
+    for inputs, simulated in calls:
+        quantization.add(denoiser(inputs), simulated)
+    return Fidelity(
+        per_call=per_call,
+        overall=overall.db(),
+        rounding_floor=floor.db(),
+        simulation=quantization.db(),
+        sites={site: energies.db() for site, energies in sites.items()},
+    )
+
+
+def _simulate(
+    simulation: Simulation, scales: StepScales, inputs: Inputs, timestep: str, sites: dict[str, _Energies]
+) -> tuple[Tensor, Tensor]:
+    """The simulation's output, and its output for inputs that float32 rounding could have made; fills `sites`."""
+    step = scales.nearest_step(float(inputs[timestep]))
+    quantizers, bits = quantizers_of_step(scales, step), int(scales.bits[step])
+
+    def visit(site: str, x: Tensor) -> Tensor:
+        quantized = quantize_dequantize(x, quantizers[site].scale, quantizers[site].zero_point, bits)
+        sites[site].add(x, quantized)
+        return quantized
+
+    nearby = {name: x * (1 + 1e-7) if x.is_floating_point() and x.ndim > 0 else x for name, x in inputs.items()}
+    return simulation.run(inputs, visit), simulation.run(nearby, QuantizeSites(quantizers, bits))

@@ -1,0 +1,163 @@
+"""The command line on small random pipelines: the whole job, its refusals, and a run killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from models.tiny_pipelines import tiny_sd, tiny_sdxl
+from PIL import Image
+
+from pcr_export.cli import main
+
+SMALL = ("--steps", "4", "--calib-size", "4", "--images", "3", "--height", "16", "--width", "16")
+
+
+def run(monkeypatch, *arguments) -> int:
+    """Run the program in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["pcr-export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def refused(monkeypatch, capsys, *arguments) -> str:
+    """The one line of a run that is refused."""
+    assert run(monkeypatch, *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory):
+    return tiny_sdxl(tmp_path_factory.mktemp("models") / "random-sdxl")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd])
+def test_the_main_job(make, tmp_path, monkeypatch, capsys):
+    source = make(tmp_path / "random")
+    assert run(monkeypatch, source, "--out", tmp_path, *SMALL) == 0
+    folder = tmp_path / "random-w8a8"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["quality"]["n_images"] == 3
+    assert report["quality"]["psnr_db"] > 15
+    assert min(value or 99 for value in report["fidelity"]["per_step"]) > 30  # flips at rounding boundaries, no more
+    assert "PSNR to FP32" in capsys.readouterr().out
+    assert sorted(path.name for path in (folder / "images" / "int8").glob("*.png")) == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+    ]
+    picture = tmp_path / "picture.png"
+    assert run(monkeypatch, "generate", folder, "a cat", "--seed", "1", "-o", picture) == 0
+    assert Image.open(picture).size == (16, 16)
+
+
+def test_dry_run_writes_nothing(sdxl_folder, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, sdxl_folder, "--out", tmp_path, "--dry-run") == 0
+    assert "plan" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_answers_within_a_second():
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-m", "pcr_export", "--help"], check=True, capture_output=True)
+    assert time.monotonic() - start < 5  # a second on an idle machine; the imports are held by test_architecture
+
+
+def test_unknown_model(monkeypatch, capsys):
+    assert "tiny-sdxl" in refused(monkeypatch, capsys, "tiny-sdlx")
+
+
+def test_hub_out_of_reach(offline, monkeypatch, capsys, tmp_path):
+    line = refused(monkeypatch, capsys, "nobody/no-such-model", "--out", tmp_path)
+    assert "nobody/no-such-model" in line
+    assert "hf download" in line
+
+
+def test_folder_without_a_pipeline(tmp_path, monkeypatch, capsys):
+    assert "model_index.json" in refused(monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--bits", "w3a3", "use w8a8"),
+        ("--bits", "int8", "as w8a8"),
+        ("--ranges", "max", "choose one of"),
+        ("--relax", "middle", "first:20%"),
+        ("--calib-size", "0", "--calib-size must be at least 1"),
+        ("--images", "1", "--no-validate"),
+        ("--steps", "0", "steps"),
+        ("--height", "13", "multiples"),
+    ],
+)
+def test_bad_settings(option, value, expected, sdxl_folder, tmp_path, monkeypatch, capsys):
+    assert expected in refused(monkeypatch, capsys, sdxl_folder, "--out", tmp_path, option, value)
+
+
+def test_unwritable_out(sdxl_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert "choose another folder" in refused(monkeypatch, capsys, sdxl_folder, "--out", tmp_path / "file")
+
+
+def test_empty_prompts_file(sdxl_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").touch()
+    line = refused(monkeypatch, capsys, sdxl_folder, "--out", tmp_path, "--prompts-file", tmp_path / "prompts.txt")
+    assert "holds no prompt" in line
+
+
+def test_folder_that_is_no_export(sdxl_folder, monkeypatch, capsys):
+    assert "no exported folder" in refused(monkeypatch, capsys, "generate", sdxl_folder, "a cat")
+
+
+def command(source: Path, out: Path) -> list[str]:
+    options = [
+        "--steps",
+        "6",
+        "--calib-size",
+        "16",
+        "--calib-batch",
+        "2",
+        "--height",
+        "16",
+        "--width",
+        "16",
+        "--no-validate",
+    ]
+    return [sys.executable, "-m", "pcr_export", str(source), "--out", str(out), *options]
+
+
+def test_killed_in_mid_calibration_resumes_with_the_same_bytes(sdxl_folder, tmp_path, monkeypatch, capsys):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(sdxl_folder, tmp_path / "whole"), check=True, capture_output=True, env=environment)
+    killed, whole = (tmp_path / name / "random-sdxl-w8a8" for name in ("killed", "whole"))
+    process = subprocess.Popen(
+        command(sdxl_folder, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    states = killed / ".stages" / "calibration"
+    while not (states / "call_00001.safetensors").exists():
+        assert process.poll() is None, "the export ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "step_scales.safetensors").exists()
+    damaged = states / "call_00000.safetensors"
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:50])
+    assert "--no-resume" in refused(monkeypatch, capsys, *command(sdxl_folder, tmp_path / "killed")[3:])
+    damaged.write_bytes(good)
+    subprocess.run(command(sdxl_folder, tmp_path / "killed"), check=True, capture_output=True, env=environment)
+    for name in ("step_scales.safetensors", "unet/model.onnx", "unet/model.onnx_data", "text_encoder/model.onnx"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
