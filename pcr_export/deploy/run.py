@@ -94,6 +94,8 @@ def load_exported_pipeline(folder: Path, threads: int | None = None) -> Pipeline
     Raises:
         PcrExportError: the folder is no export, or a part of it is missing or damaged.
     """
+    if not folder.is_dir():
+        raise PcrExportError(f"{folder} is no folder: give one that an export wrote, such as engines/sdxl-w8a8")
     index = read_model_index(folder)
     if not (folder / "unet" / "model.onnx").is_file():
         raise PcrExportError(
@@ -194,8 +196,8 @@ class OnnxVae(OnnxPart):
 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:
-    if not (folder / "vocab.json").is_file():
-        raise PcrExportError(f"{folder / 'vocab.json'} is missing: export again")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise PcrExportError(f"{folder / 'tokenizer.json'} is missing: export again")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

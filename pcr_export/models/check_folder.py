@@ -15,11 +15,11 @@ WEIGHT_STEMS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 CONFIGS = {
     **dict.fromkeys(WEIGHT_STEMS, ("config.json",)),
     "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("vocab.json", "merges.txt"),
-    "tokenizer_2": ("vocab.json", "merges.txt"),
+    **dict.fromkeys(TOKENIZERS, ("vocab.json", "merges.txt")),
 }
 
 
@@ -40,6 +40,8 @@ def check_folder(folder: Path) -> None:
             )
         for name in files:
             path = folder / component / name
+            if component in TOKENIZERS and (folder / component / "tokenizer.json").is_file():
+                continue  # it holds vocabulary and merges
             if not path.is_file():
                 raise PcrExportError(f"{path} is missing: fetch the folder again")
             if path.suffix == ".json":

@@ -108,6 +108,11 @@ def test_pipeline_that_was_not_exported(sdxl: ExportedFolder) -> None:
         generate(Path(sdxl.model.entry.source), "a star")
 
 
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(PcrExportError, match="is no folder: give one that an export wrote"):
+        generate(tmp_path / "nowhere", "a star")
+
+
 def test_folder_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(PcrExportError, match=r"has no model_index\.json"):
         generate(tmp_path, "a star")
@@ -118,12 +123,13 @@ def test_folder_of_something_else(tmp_path: Path) -> None:
     [
         "vae_decoder/model.onnx",
         "text_encoder_2/config.json",
-        "tokenizer_2/vocab.json",
+        "tokenizer_2/tokenizer.json",
         "scheduler/scheduler_config.json",
     ],
 )
 def test_missing_part_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
+    (copy / "tokenizer_2" / "vocab.json").unlink()
     with pytest.raises(PcrExportError, match=f"{name} .*: .*export") as caught:
         generate(copy, "a star")
     assert "\n" not in str(caught.value)

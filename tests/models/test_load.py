@@ -80,6 +80,14 @@ def test_scheduler_of_the_entry(sd: Path) -> None:
     assert few_steps.num_inference_steps == 4
 
 
+def test_tokenizer_json_alone_is_enough(copy: Path) -> None:
+    text = "a red star"
+    expected = load_pipeline(resolve(str(copy))).tokenizer(text).input_ids
+    for name in ("vocab.json", "merges.txt"):
+        (copy / "tokenizer" / name).unlink()
+    assert load_pipeline(resolve(str(copy))).tokenizer(text).input_ids == expected
+
+
 @pytest.mark.parametrize("name", ["EulerScheduler", "FlowMatchEulerDiscreteScheduler", "__name__"])
 def test_unknown_scheduler(sd: Path, name: str) -> None:
     with pytest.raises(PcrExportError, match=r"choose one of .*DDIMScheduler"):
@@ -97,6 +105,7 @@ def test_unknown_scheduler(sd: Path, name: str) -> None:
 )
 def test_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
+    (copy / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(PcrExportError, match=f"{name} is missing: fetch the folder again"):
         load_denoiser(str(copy))
 
