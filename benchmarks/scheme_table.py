@@ -2,7 +2,7 @@
 
     python benchmarks/scheme_table.py --model tiny-sdxl --images 512 --out engines/schemes --json FILE
 
-Every row exports the model with another recipe, draws the same prompts from the same noise on onnxruntime, and scores the images
+Every row writes the UNet with another recipe, draws the same prompts from the same noise on onnxruntime, and scores the images
 against those of the float model. Stops and goes on where it was stopped.
 """
 
@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pcr_export.cli import track
-from pcr_export.export import Job
-from pcr_export.export_pipeline import export_pipeline
+from pcr_export.export import Job, quantize_denoiser
+from pcr_export.export_pipeline import judge_images
 from pcr_export.models.catalog import resolve
 from pcr_export.models.load import load_model
 from pcr_export.prompts import choose_prompts, packaged_prompts, read_prompts
@@ -72,8 +72,8 @@ def measure(model_name: str, images: int, out: Path, seed: int, changes: dict[st
             folder=out,
             track=track,
         )
-        report = export_pipeline(job, model, evaluation[:images])
-        rows.append(Row(scheme=name, recipe=report["recipe"], quality=report["quality"]))
+        quality = judge_images(job, quantize_denoiser(job), Path(entry.source), evaluation[:images])
+        rows.append(Row(scheme=name, recipe=vars(recipe), quality=quality))
     return rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pcr_export.deploy.folder import write_pipeline_folder
+from pcr_export.deploy.folder import write_pipeline_folder, written_files
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.export import (
     Exported,
@@ -45,14 +45,19 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
     source = model.entry.source
     exported.stages.run(
         "package",
-        {"weights": exported.key["weights"], "version": exported.key["version"], "source": source},
-        [job.folder / "model_index.json"],
+        {
+            "weights": exported.key["weights"],
+            "version": exported.key["version"],
+            "source": source,
+            "scheduler": str(dict(model.pipeline.scheduler.config)),
+        },
+        written_files(model.pipeline, job.folder),
         lambda: _package(job, model),
     )
     if not job.validate:
         return finish(job, exported, {})
     fidelity = validate_artifact(job, exported)
-    quality = _judge_images(job, exported, Path(source), eval_prompts)
+    quality = judge_images(job, exported, Path(source), eval_prompts)
     return finish(job, exported, {**fidelity, "quality": quality})
 
 
@@ -83,7 +88,7 @@ def _package(job: Job, model: LoadedModel) -> Facts:
     return {}
 
 
-def _judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[str]) -> Facts:
+def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[str]) -> Facts:
     """Images of the float model and of the artifact, both kept by index, and their scores."""
     seeds = prompt_seeds(prompts, job.recipe.seed)
     sampling = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,19 +65,19 @@ class Quantizer:
 def quantize_dequantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bits: int = 8) -> Tensor:
     """The value that the graph computes with instead of `x`, in x's dtype: StepScales' equations, relaxed digit included."""
     a = x / scale
-    high = torch.clamp(torch.round(a) + zero_point, 0, 255) - zero_point
+    high = a.round().add_(zero_point).clamp_(0, 255).sub_(zero_point)
     if bits > 8:
         ratio = 2.0 ** (bits - 8)
-        high = high + torch.clamp(torch.round((a - high) * ratio), -128, 127) / ratio
-    return high * scale
+        high += a.sub_(high).mul_(ratio).round_().clamp_(-128, 127).div_(ratio)
+    return high.mul_(scale)
 
 
 def quantizer_from_range(low: float, high: float, *, affine: bool) -> Quantizer:
     """The finest 8-bit grid that holds [low, high] and represents 0 exactly."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / 255 if affine else max(-low / 128, high / 127)
-    scale = float(torch.tensor(scale, dtype=torch.float32))
-    if scale < torch.finfo(torch.float32).tiny:
+    scale = float(np.float32(scale))
+    if scale < np.finfo(np.float32).tiny:
         return Quantizer(1.0, ZERO_POINT_SYMMETRIC)
     return Quantizer(scale, round(-low / scale) if affine else ZERO_POINT_SYMMETRIC)
 
