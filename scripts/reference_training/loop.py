@@ -65,10 +65,12 @@ class Trainer:
         """Load the checkpoint when there is one."""
         if not self.path.exists():
             return
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, weights_only=True, map_location="cpu")
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.step = state["average"], state["step"]
+        self.step = state["step"]
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
 
     def save(self) -> None:
         """Write the checkpoint through a temporary name."""
@@ -107,6 +109,7 @@ class Trainer:
     def _advance(self, loss_at: LossFunction) -> Metrics:
         for group in self.optimizer.param_groups:
             group["lr"] = self.budget.rate_at(self.step)
+        torch.manual_seed(self.step)  # so that a resumed run draws what an unbroken one draws
         loss, figures = loss_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -145,7 +148,10 @@ def read_weights(name: str, module: ModuleType, folder: Path) -> ModuleType:
 
 def read_average(name: str, module: ModuleType, folder: Path) -> ModuleType:
     """Load the averaged weights of a stage's last checkpoint, finished or not."""
-    module.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True)["average"])
+    path = folder / f"{name}.pt"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run the stage {name} first")
+    module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["average"])
     return module.eval().requires_grad_(False)
 
 

@@ -1,0 +1,6 @@
+"""Make the parts of the training program importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
