@@ -155,7 +155,8 @@ def generate(
 def main() -> None:
     """Run the program. What a person can mend is one line on stderr and a non-zero exit; -v shows the traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
     except PcrExportError as error:
