@@ -1,9 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from class_conditional import TIMESTEPS, class_conditional_denoiser
 
 from pcr_export.calibrate.layers import find_layers
-from pcr_export.calibrate.progressive import calibrate
+from pcr_export.calibrate.progressive import calibrate, num_unet_calls
 from pcr_export.calibrate.ranges import ActivationHistogram, minmax_range
 from pcr_export.calibrate.simulate import QuantizeSites, Simulation, quantizers_of_step, simulated_call
 from pcr_export.calibrate.state import CalibrationState
@@ -155,4 +158,31 @@ def test_overflowing_activations_name_the_site():
     denoiser = class_conditional_denoiser()
     denoiser.network.conv_in.weight.data[:] = 1e38
     with pytest.raises(PcrExportError, match=r"site .*NaN or infinite"):
+        run(denoiser)
+
+
+def test_a_repeated_timestep_is_observed_once():
+    """PNDM calls one timestep twice: T + 1 calls, T rows."""
+    timesteps = (3.0, 2.0, 2.0, 1.0)
+    assert num_unet_calls(timesteps, 1) == 4
+    assert num_unet_calls(timesteps, 5) == 5 * (2 + 2 + 1 + 1)
+    denoiser = class_conditional_denoiser()
+
+    def walk(labels, seeds):
+        inputs = next(denoiser.walk(labels, seeds))
+        for timestep in timesteps:
+            inputs = {**inputs, "t": torch.tensor(timestep)}
+            inputs["x"] = inputs["x"] - 0.1 * (yield inputs)
+        return inputs["x"]
+
+    repeating = dataclasses.replace(denoiser, walk=walk, timesteps=timesteps)
+    sizes = count_calls(repeating)
+    scales = run(repeating, calib_batch=2)
+    assert scales.timesteps.tolist() == [3.0, 2.0, 1.0]
+    assert len(sizes) == 1 + num_unet_calls(timesteps, 3)
+
+
+def test_rising_timesteps_are_refused():
+    denoiser = dataclasses.replace(class_conditional_denoiser(), timesteps=(100.0, 300.0))
+    with pytest.raises(PcrExportError, match="do not descend"):
         run(denoiser)
