@@ -54,10 +54,14 @@ class OnnxRuntimeEngine:
         try:
             self._session = onnxruntime.InferenceSession(self.path, _options(self.threads), ["CPUExecutionProvider"])
         except LOAD_ERRORS as error:
-            raise PcrExportError(f"onnxruntime cannot load {self.path} ({_line(error)}): export the model again") from error
+            raise PcrExportError(
+                f"onnxruntime cannot load {self.path} ({_line(error)}): export the model again"
+            ) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._session = None
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import Job
@@ -74,14 +75,16 @@ def _check_layers(scales: StepScales, layers: Sequence[Layer]) -> None:
 def _load(path: Path) -> ir.Model:
     try:
         return ir.load(path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, DecodeError) as error:
         raise PcrExportError(f"{path} is no readable ONNX graph ({error}): export it again") from error
 
 
 def _timestep(graph: ir.Graph) -> str:
     scalars = [str(value.name) for value in graph.inputs if value.shape is not None and len(value.shape) == 0]
     if len(scalars) != 1:
-        raise PcrExportError(f"the float graph must have one rank-0 input, the timestep; it has {scalars}: export it again")
+        raise PcrExportError(
+            f"the float graph must have one rank-0 input, the timestep; it has {scalars}: export it again"
+        )
     return scalars[0]
 
 

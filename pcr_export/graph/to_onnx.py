@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -121,15 +122,15 @@ def _innermost(error: BaseException) -> str:
 
 
 def _attention(
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    attn_mask: ir.Value | None = None,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> ir.Value:
+) -> Any:
     """One Attention node. torch's own translation refuses [batch, tokens, width], which is attention with a single head."""
     heads = {} if len(query.shape or ()) == 4 else {"q_num_heads": 1, "kv_num_heads": 1}
     output, *_ = opset23.Attention(query, key, value, attn_mask, is_causal=int(is_causal), scale=scale, **heads)

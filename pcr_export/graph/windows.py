@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from pcr_export.graph.job import Emitter, attribute
+from pcr_export.graph.job import Emitter, attribute, static_dim
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,14 @@ class Window:
     @staticmethod
     def of(conv: ir.Node) -> Window:
         """The geometry of a pcr.Conv node."""
+        weight = conv.inputs[1]
+        assert weight is not None
+        height, width = static_dim(weight, 2), static_dim(weight, 3)
+        assert height is not None
+        assert width is not None
         pads = attribute(conv, "pads", (0, 0, 0, 0))
         return Window(
-            kernel=tuple(conv.inputs[1].shape[2:]),
+            kernel=(height, width),
             stride=tuple(attribute(conv, "strides", (1, 1))),
             dilation=tuple(attribute(conv, "dilations", (1, 1))),
             pad_before=(pads[0], pads[1]),
@@ -50,10 +55,10 @@ def emit_window_indices(emit: Emitter, x: ir.Value, window: Window) -> ir.Value:
     sizes = emit("Shape", [x], {"start": 1, "end": 3}, name="size")
     height, width = emit.many("Split", [sizes], 2, {"axis": 0, "num_outputs": 2}, name="height_width")
     count = emit("Mul", [height, width], name="count")
-    rows = _emit_places(emit, height, count, window, 0)
-    columns = _emit_places(emit, width, count, window, 1)
-    rows = emit("Where", [rows[0], emit("Mul", [rows[1], width], name="row_starts"), count], name="rows")
-    columns = emit("Where", [columns[0], columns[1], count], name="columns")
+    row_inside, row = _emit_places(emit, height, window, 0)
+    column_inside, column = _emit_places(emit, width, window, 1)
+    rows = emit("Where", [row_inside, emit("Mul", [row, width], name="row_starts"), count], name="rows")
+    columns = emit("Where", [column_inside, column, count], name="columns")
     rows = emit("Unsqueeze", [rows, emit.constant([1, 3], "rows_axes")], name="rows_4d")
     columns = emit("Unsqueeze", [columns, emit.constant([0, 2], "columns_axes")], name="columns_4d")
     indices = emit("Min", [emit("Add", [rows, columns], name="places"), count], name="clipped")
@@ -62,7 +67,7 @@ def emit_window_indices(emit: Emitter, x: ir.Value, window: Window) -> ir.Value:
     return indices
 
 
-def _emit_places(emit: Emitter, size: ir.Value, count: ir.Value, window: Window, axis: int) -> tuple[ir.Value, ir.Value]:
+def _emit_places(emit: Emitter, size: ir.Value, window: Window, axis: int) -> tuple[ir.Value, ir.Value]:
     """(inside, place), both [out_size, kernel_size]: whether each tap lies inside the axis, and on which source pixel."""
     name = ("row", "column")[axis]
     kernel, stride, dilation = window.kernel[axis], window.stride[axis], window.dilation[axis]
@@ -73,13 +78,19 @@ def _emit_places(emit: Emitter, size: ir.Value, count: ir.Value, window: Window,
     last = emit("Add", [full, emit.constant([reach], "reach")], name=f"{name}_last")
     if stride != 1:
         last = emit("Div", [last, emit.constant([stride], "stride")], name=f"{name}_steps")
-    count_out = emit("Squeeze", [emit("Add", [last, emit.constant([1], "one")], name=f"{name}_count")], name=f"{name}_outputs")
+    count_out = emit(
+        "Squeeze", [emit("Add", [last, emit.constant([1], "one")], name=f"{name}_count")], name=f"{name}_outputs"
+    )
     scalar = [emit.constant(np.array(value, np.int64), f"scalar_{value}") for value in (0, 1)]
     starts = emit("Range", [scalar[0], count_out, scalar[1]], name=f"{name}_starts")
     if stride != 1:
         starts = emit("Mul", [starts, emit.constant([stride], "stride")], name=f"{name}_strided")
     taps = emit.constant(np.arange(kernel, dtype=np.int64) * dilation - window.pad_before[axis], f"{name}_taps")
-    places = emit("Add", [emit("Unsqueeze", [starts, emit.constant([1], "one")], name=f"{name}_column"), taps], name=f"{name}_places")
+    places = emit(
+        "Add",
+        [emit("Unsqueeze", [starts, emit.constant([1], "one")], name=f"{name}_column"), taps],
+        name=f"{name}_places",
+    )
     inside = emit(
         "And",
         [

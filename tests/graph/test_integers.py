@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from min_max import feed, min_max_scales
+from min_max import min_max_scales
 from small_denoisers import LayerZoo, zoo_denoiser
 
 from pcr_export.calibrate.weights.nearest import quantize_weight

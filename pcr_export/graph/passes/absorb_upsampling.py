@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 
 from pcr_export.graph.job import DOMAIN, Emitter, Job, attribute, constant_array, replace_value
 
@@ -29,14 +30,16 @@ class AbsorbUpsampling:
                 shape = None if conv.outputs[0].shape is None else list(conv.outputs[0].shape)
                 emit = Emitter(job, conv)
                 inputs = [node.inputs[0], *conv.inputs[1:]]
-                replace_value(conv.outputs[0], emit("Conv", inputs, {**kept, "upsample": factor}, domain=DOMAIN, shape=shape))
+                replace_value(
+                    conv.outputs[0], emit("Conv", inputs, {**kept, "upsample": factor}, domain=DOMAIN, shape=shape)
+                )
                 job.graph.remove(conv, safe=True)
                 count += 1
             job.graph.remove(node, safe=True)
         return count
 
 
-def _factor(resize: object) -> int | None:
+def _factor(resize: ir.Node) -> int | None:
     """u of a channels-last nearest upsampling by the whole number u, or None."""
     scales = constant_array((*resize.inputs, None, None, None)[2])
     nearest = attribute(resize, "mode", "nearest") == "nearest" and attribute(resize, "nearest_mode") == "floor"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -27,8 +27,12 @@ class BranchOnRelaxed:
         emit = Emitter(job, anchor, prefix="relaxed")
         emit.module = None
         fineness = np.exp2(8 - job.scales.bits.astype(np.float32)).astype(np.float32)[:, None]
-        job.fineness = emit("Gather", [emit.constant(fineness, "step/fineness"), job.step], {"axis": 0}, name="fineness", shape=[1])
-        relaxed = emit("Gather", [emit.constant(job.scales.bits > 8, "step/is_relaxed"), job.step], {"axis": 0}, name="is_relaxed")
+        job.fineness = emit(
+            "Gather", [emit.constant(fineness, "step/fineness"), job.step], {"axis": 0}, name="fineness", shape=[1]
+        )
+        relaxed = emit(
+            "Gather", [emit.constant(job.scales.bits > 8, "step/is_relaxed"), job.step], {"axis": 0}, name="is_relaxed"
+        )
         outputs = [value for node in core for value in node.outputs if _read_outside(value, inside)]
         branches = {name: _copy(core, outputs, name) for name in ("relaxed", "normal")}
         attributes = {
@@ -52,9 +56,9 @@ def _core(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node in after and node in before]
 
 
-def _reach(start: Iterable[ir.Node], neighbours: object) -> set[ir.Node]:
+def _reach(start: Iterable[ir.Node], neighbours: Callable[[ir.Node], Iterable[ir.Node | None]]) -> set[ir.Node]:
     seen: set[ir.Node] = set()
-    waiting = list(start)
+    waiting: list[ir.Node | None] = list(start)
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
@@ -77,7 +81,12 @@ def _copy(core: list[ir.Node], outputs: list[ir.Value], name: str) -> ir.Graph:
             attributes["digits"] = 2
         inputs = [twin.get(value, value) if value is not None else None for value in node.inputs]
         copy = ir.node(
-            node.op_type, inputs, attributes, domain=node.domain, num_outputs=len(node.outputs), name=f"{name}/{node.name}"
+            node.op_type,
+            inputs,
+            attributes,
+            domain=node.domain,
+            num_outputs=len(node.outputs),
+            name=f"{name}/{node.name}",
         )
         copy.metadata_props.update(node.metadata_props)
         for old, new in zip(node.outputs, copy.outputs, strict=True):

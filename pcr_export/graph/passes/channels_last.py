@@ -10,7 +10,21 @@ from pcr_export.graph.job import DOMAIN, MICROSOFT, Emitter, Job, attribute, rem
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 AXIS_TO_LAST = (0, 3, 1, 2)  # axis of a channels-first tensor -> its place in the channels-last one
-UNARY = {"QuickGelu", "Sigmoid", "Gelu", "Relu", "Tanh", "Cast", "Neg", "Exp", "Sqrt", "Erf", "LeakyRelu", "HardSigmoid", "Softplus"}
+UNARY = {
+    "QuickGelu",
+    "Sigmoid",
+    "Gelu",
+    "Relu",
+    "Tanh",
+    "Cast",
+    "Neg",
+    "Exp",
+    "Sqrt",
+    "Erf",
+    "LeakyRelu",
+    "HardSigmoid",
+    "Softplus",
+}
 BINARY = {"Add", "Sub", "Mul", "Div"}
 
 
@@ -154,7 +168,9 @@ class _Rewrite:
         if roi is not None and roi.shape is not None and roi.shape[0] != 0:
             return False
         order = emit.constant(TO_LAST, "to_last_order")
-        moved = [value if value is None else emit("Gather", [value, order], name=f"size{i}") for i, value in enumerate(sizes)]
+        moved = [
+            value if value is None else emit("Gather", [value, order], name=f"size{i}") for i, value in enumerate(sizes)
+        ]
         kept = {name: found.value for name, found in node.attributes.items()}
         constant = sizes[0].const_value if sizes[0] is not None else None
         if constant is not None:
@@ -193,7 +209,8 @@ class _Rewrite:
             back = ir.node("Transpose", [twin], {"perm": TO_FIRST}, name=f"{twin.name}/to_first")
             back.outputs[0].name = back.name
             back.outputs[0].shape = value.shape
-            assert producer is not None and producer.graph is not None
+            assert producer is not None
+            assert producer.graph is not None
             producer.graph.insert_after(producer, back)
             replace_value(value, back.outputs[0])
 
@@ -202,7 +219,7 @@ def _rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
 
 
-def _moved(value: ir.Value) -> list[object]:
+def _moved(value: ir.Value) -> list[int | ir.SymbolicDim | None]:
     """The shape of a channels-first value, channels last."""
     shape = value.shape
     if shape is None or len(shape) != 4:

@@ -25,7 +25,7 @@ class FindLayers:
         found: set[str] = set()
         for node in list(job.graph):
             layer = node.metadata_props.get(MODULE_KEY)
-            if layer not in job.scales.layers or node.graph is None:
+            if layer is None or layer not in job.scales.layers or node.graph is None:
                 continue
             if self._mark(job, node, layer):
                 found.add(layer)
@@ -40,7 +40,9 @@ class FindLayers:
     def _mark(self, job: Job, node: ir.Node, layer: str) -> bool:
         if node.op_type == "Conv":
             if attribute(node, "group", 1) != 1:
-                raise PcrExportError(f"{layer} is a grouped convolution, which has no integer form here: leave it float")
+                raise PcrExportError(
+                    f"{layer} is a grouped convolution, which has no integer form here: leave it float"
+                )
             attributes = {name: list(attribute(node, name)) for name in CONV_ATTRIBUTES if name in node.attributes}
             self._replace(job, node, node, "Conv", [*node.inputs], {"layer": layer, **attributes})
             return True
@@ -66,7 +68,13 @@ class FindLayers:
         return matmul, None
 
     def _replace(
-        self, job: Job, first: ir.Node, last: ir.Node, op: str, inputs: list[ir.Value | None], attributes: dict[str, object]
+        self,
+        job: Job,
+        first: ir.Node,
+        last: ir.Node,
+        op: str,
+        inputs: list[ir.Value | None],
+        attributes: dict[str, object],
     ) -> None:
         emit = Emitter(job, last, prefix=str(attributes["layer"]))
         shape = last.outputs[0].shape

@@ -22,7 +22,11 @@ class FindStep:
         emit = Emitter(job, next(iter(job.graph)), prefix="step")
         emit.module = None
         timestep = next(value for value in job.graph.inputs if value.name == job.timestep)
-        middle = (scales.timesteps[:-1] + scales.timesteps[1:]) / 2 if scales.num_steps > 1 else np.array([-np.inf], np.float32)
+        middle = (
+            (scales.timesteps[:-1] + scales.timesteps[1:]) / 2
+            if scales.num_steps > 1
+            else np.array([-np.inf], np.float32)
+        )
         below = emit("Less", [timestep, emit.constant(middle.astype(np.float32), "step/midpoints")])
         counts = emit("Cast", [below], {"to": 7}, name="counts")
         job.step = emit("ReduceSum", [counts], {"keepdims": 0}, name="index")
@@ -38,4 +42,4 @@ class FindStep:
             return dict.fromkeys(job.scales.sites, only)
         row = emit("Gather", [emit.constant(distinct, f"step/{name}_table"), job.step], {"axis": 0}, name=f"{name}_row")
         parts = emit.many("Split", [row], distinct.shape[1], {"axis": 0, "num_outputs": distinct.shape[1]}, name=name)
-        return {site: parts[column] for site, column in zip(job.scales.sites, which, strict=True)}
+        return {site: parts[int(column)] for site, column in zip(job.scales.sites, which, strict=True)}

@@ -70,5 +70,6 @@ def _flat_result(value: ir.Value) -> ir.Value | None:
         if node.op_type != op_type or (op_type == "Transpose" and tuple(attribute(node, "perm", ())) != HEADS_FIRST):
             return None
         value = node.outputs[0]
-    known = heads is not None and size is not None and value.shape is not None and len(value.shape) == 3
-    return value if known and static_dim(value, 2) == heads * size else None
+    if heads is None or size is None or value.shape is None or len(value.shape) != 3:
+        return None
+    return value if static_dim(value, 2) == heads * size else None

@@ -30,7 +30,8 @@ class LowerGroupNorm:
 
     def _lower(self, node: ir.Node, emit: Emitter) -> ir.Value:
         x, gamma, beta = node.inputs
-        assert x is not None and gamma is not None
+        assert x is not None
+        assert gamma is not None
         channels = static_dim(gamma, 0)
         assert channels is not None
         average, spread = _group_matrices(channels, attribute(node, "num_groups"))
@@ -43,10 +44,16 @@ class LowerGroupNorm:
         squares = _join(emit, [self._mean_square(emit, part, i) for i, part in enumerate(parts)], "mean_squares")
         mean = emit("MatMul", [means, g], name="mean")
         power = emit("MatMul", [squares, g], name="power")
-        variance = emit("Max", [emit("Sub", [power, emit("Mul", [mean, mean], name="square")], name="difference"), zero], name="variance")
+        variance = emit(
+            "Max",
+            [emit("Sub", [power, emit("Mul", [mean, mean], name="square")], name="difference"), zero],
+            name="variance",
+        )
         deviation = emit("Sqrt", [emit("Add", [variance, epsilon], name="stabilised")], name="deviation")
         scale = emit("Mul", [emit("MatMul", [emit("Reciprocal", [deviation]), s], name="inverse"), gamma], name="scale")
-        shift = emit("Sub", [beta, emit("Mul", [scale, emit("MatMul", [mean, s], name="spread")], name="offset")], name="shift")
+        shift = emit(
+            "Sub", [beta, emit("Mul", [scale, emit("MatMul", [mean, s], name="spread")], name="offset")], name="shift"
+        )
         scales, shifts = _split(emit, scale, parts, "scales"), _split(emit, shift, parts, "shifts")
         normed = []
         for i, (part, a, b) in enumerate(zip(parts, scales, shifts, strict=True)):

@@ -48,7 +48,8 @@ class _Lowering:
     def lower(self, node: ir.Node) -> None:
         emit = Emitter(self.job, node, prefix=_label(node))
         x, layer = node.inputs[0], attribute(node, "layer")
-        assert x is not None and node.graph is not None
+        assert x is not None
+        assert node.graph is not None
         site = self.job.scales.layers[layer]
         scale, zero = self.job.scale_of[site], self.job.zero_of[site]
         q = self._shared(node, ("q", x, scale, zero), lambda: self._quantize(emit, x, scale, zero))
@@ -64,7 +65,8 @@ class _Lowering:
 
     def _low_product(self, emit: Emitter, node: ir.Node, q: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
         x = node.inputs[0]
-        assert x is not None and self.job.fineness is not None
+        assert x is not None
+        assert self.job.fineness is not None
         middle = emit.constant(np.array([ZERO_OF_LOW_DIGIT], np.uint8), "low_digit_zero")
         low = self._shared(node, ("low", x, scale, zero), lambda: self._quantize_low(emit, x, q, scale, zero))
         fine = self._shared(
@@ -107,7 +109,9 @@ class _Lowering:
         assert weight is not None
         channels = static_dim(weight, 1)
         assert channels is not None
-        indices = self._shared(node, ("indices", window, *_spatial_key(q)), lambda: emit_window_indices(emit, q, window))
+        indices = self._shared(
+            node, ("indices", window, *_spatial_key(q)), lambda: emit_window_indices(emit, q, window)
+        )
 
         def gather() -> ir.Value:
             flat = emit("Reshape", [q, emit.constant([0, -1, channels], "pixels")], name="pixels")
@@ -120,7 +124,7 @@ class _Lowering:
 
         return self._shared(node, ("windows", window, q), gather)
 
-    def _shared(self, node: ir.Node, key: tuple[object, ...], make: object) -> ir.Value:
+    def _shared(self, node: ir.Node, key: tuple[object, ...], make: Callable[[], ir.Value]) -> ir.Value:
         """What was made for this key in the node's graph, or is made now."""
         key = (node.graph, *key)
         if key not in self.made:

@@ -23,7 +23,12 @@ class SplitGated:
             width, parts = static_dim(product, len(product.shape or ()) - 1), len(node.outputs)
             axis = attribute(node, "axis", 0) % max(len(product.shape or ()), 1)
             equal = attribute(node, "num_outputs") is not None and width is not None and width % parts == 0
-            if len(product.uses()) > 1 or product.is_graph_output() or axis != len(product.shape or ()) - 1 or not equal:
+            if (
+                len(product.uses()) > 1
+                or product.is_graph_output()
+                or axis != len(product.shape or ()) - 1
+                or not equal
+            ):
                 continue
             assert width is not None
             size = width // parts

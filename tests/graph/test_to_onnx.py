@@ -1,0 +1,115 @@
+"""The float export: same numbers, free axes, module paths, same bytes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from class_conditional import class_conditional_denoiser
+from exported_cases import Case
+from min_max import feed
+from small_denoisers import unet_inputs
+from torch import Tensor, nn
+
+from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.errors import PcrExportError
+from pcr_export.graph.to_onnx import MODULE_KEY, export_float_onnx
+from pcr_export.models.denoiser import Denoiser
+
+
+@pytest.fixture
+def sdxl(exported: Callable[[str], Case]) -> tuple[Denoiser, Path]:
+    case = exported("sdxl")
+    return case.denoiser, case.float_path
+
+
+def test_the_graph_computes_the_network_at_any_batch_and_size(sdxl: tuple[Denoiser, Path]) -> None:
+    denoiser, path = sdxl
+    with OnnxRuntimeEngine(path, threads=1) as engine:
+        for batch, size in ((2, 8), (3, 12), (1, 8)):
+            inputs = unet_inputs(denoiser, batch, size)
+            with torch.no_grad():
+                expected = denoiser(inputs).numpy()
+            np.testing.assert_allclose(engine.run(feed(inputs)), expected, atol=2e-5)  # sums in another order
+
+
+def test_inputs_are_those_of_the_denoiser(sdxl: tuple[Denoiser, Path]) -> None:
+    denoiser, path = sdxl
+    graph = ir.load(path).graph
+    assert [value.name for value in graph.inputs] == list(denoiser.dynamic_axes)
+    assert [value.name for value in graph.outputs] == ["out_sample"]
+    sample, timestep = graph.inputs[:2]
+    assert [getattr(dim, "value", dim) for dim in sample.shape] == ["batch", 4, "height", "width"]
+    assert len(timestep.shape) == 0
+    assert timestep.dtype == ir.DataType.FLOAT
+    assert [getattr(dim, "value", dim) for dim in graph.outputs[0].shape] == ["batch", 4, "height", "width"]
+
+
+def test_nodes_know_their_module(sdxl: tuple[Denoiser, Path]) -> None:
+    denoiser, path = sdxl
+    products = [node for node in ir.load(path).graph if node.op_type in ("Conv", "Gemm", "MatMul")]
+    modules = {name for name, m in denoiser.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert {node.metadata_props[MODULE_KEY] for node in products} == modules
+
+
+def test_same_network_same_bytes_and_no_traces_of_this_machine(exported: Callable[[str], Case], tmp_path: Path) -> None:
+    case = exported("class")
+    export_float_onnx(class_conditional_denoiser(), case.inputs(), tmp_path / "model.onnx")
+    for file in ("model.onnx", "model.onnx_data"):
+        assert (tmp_path / file).read_bytes() == (case.float_path.parent / file).read_bytes()
+    text = case.float_path.read_bytes()
+    assert b".py" not in text
+    assert str(case.folder).encode() not in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx_data"]
+
+
+def test_a_network_that_is_no_diffusers_model(exported: Callable[[str], Case]) -> None:
+    case = exported("class")
+    inputs = case.inputs(batch=3)
+    with torch.no_grad():
+        expected = case.denoiser(inputs).numpy()
+    with OnnxRuntimeEngine(case.float_path, threads=1) as engine:
+        np.testing.assert_allclose(engine.run(feed(inputs)), expected, atol=2e-5)  # sums in another order
+
+
+def class_inputs(batch: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        "x": torch.randn(batch, 3, 16, 16, generator=generator),
+        "t": torch.tensor(500.0),
+        "label": torch.arange(batch) % 5,
+    }
+
+
+def test_a_missing_input_is_refused(tmp_path: Path) -> None:
+    inputs = class_inputs()
+    del inputs["label"]
+    with pytest.raises(PcrExportError, match="lacks input label"):
+        export_float_onnx(class_conditional_denoiser(), inputs, tmp_path / "model.onnx")
+
+
+def test_a_dynamic_axis_of_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PcrExportError, match="axis 0 of x is dynamic: give an example with a size of at least 2"):
+        export_float_onnx(class_conditional_denoiser(), class_inputs(batch=1), tmp_path / "model.onnx")
+
+
+def test_a_timestep_with_an_axis_is_refused(tmp_path: Path) -> None:
+    inputs = class_inputs() | {"t": torch.tensor([500.0])}
+    with pytest.raises(PcrExportError, match="t must be a rank-0 float32 tensor"):
+        export_float_onnx(class_conditional_denoiser(), inputs, tmp_path / "model.onnx")
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return x if x.sum() > 0 else x + t + label.sum()
+
+
+def test_a_network_that_cannot_be_traced_is_refused_in_one_line(tmp_path: Path) -> None:
+    denoiser = replace(class_conditional_denoiser(), network=Branching())
+    with pytest.raises(PcrExportError, match=r"cannot be exported to ONNX with batch, height, width free") as caught:
+        export_float_onnx(denoiser, class_inputs(), tmp_path / "model.onnx")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
