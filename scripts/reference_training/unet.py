@@ -20,6 +20,8 @@ from reference_training.text import reading_loss
 BATCH = 64
 TEACHING = 0.02  # weight of the teacher's cross-entropy
 TAUGHT_ABOVE = 0.05  # signal-to-noise ratio below which the predicted clean latents say too little
+COARSE = 0.25  # weight of the coarse part of the error
+OFFSET = 0.15  # standard deviation of the noise's mean per channel
 DROPPED = 0.1  # share of examples without a prompt, for classifier-free guidance
 SNR_LIMIT = 5.0  # Hang et al. 2023, min-SNR weighting
 
@@ -38,20 +40,41 @@ def train_unet(examples: Examples, folder: Path, device: torch.device, steps: in
         latents, contexts, pooled, labels = examples.batch(rng, BATCH, device)
         kept = torch.from_numpy(rng.random(BATCH) >= DROPPED).to(device)
         timesteps = stratified_timesteps(rng, BATCH).to(device)
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)).to(device)
+        noise = offset_noise(rng, latents.shape).to(device)
         alpha = alphas[timesteps][:, None, None, None]
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         with autocast(device):
             predicted = predict_noise(unet, noisy, timesteps, contexts * kept[:, None, None], pooled * kept[:, None])
-        snr = (alpha / (1 - alpha))[:, 0, 0, 0]
-        error = F.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
-        loss = (error * (SNR_LIMIT / snr).clamp(max=1)).mean()
-        clean = (noisy - (1 - alpha).sqrt() * predicted.float()) / alpha.sqrt()
+        predicted, snr = predicted.float(), (alpha / (1 - alpha))[:, 0, 0, 0]
+        error, loss = noise_loss(predicted, noise, snr)
+        clean = (noisy - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
         shown = kept & (snr > TAUGHT_ABOVE)
         lesson, right = reading_loss(teacher(clean[shown]), labels[shown])
-        return loss + TEACHING * lesson, {"error": float(error.detach().mean()), "right": right}
+        return loss + TEACHING * lesson, {"error": error, "right": right}
 
     trainer.train(loss_at)
+
+
+def noise_loss(predicted: torch.Tensor, noise: torch.Tensor, snr: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Return (mean square error, loss) of [B, 4, 16, 16]: the error and its coarse part, weighted by min(SNR, 5) / SNR.
+
+    The coarse part is the error averaged over 4 x 4 latents, where the colour of the background is decided.
+    """
+    difference = predicted - noise
+    fine = difference.square().mean((1, 2, 3))
+    coarse = 16 * F.avg_pool2d(difference, 4).square().mean((1, 2, 3))  # white errors: as large as `fine`
+    loss = ((fine + COARSE * coarse) * (SNR_LIMIT / snr).clamp(max=1)).mean()
+    return float(fine.detach().mean()), loss
+
+
+def offset_noise(rng: np.random.Generator, shape: torch.Size) -> torch.Tensor:
+    """Draw float32 noise whose mean varies a little from channel to channel, as SDXL was trained.
+
+    The noisiest training image still shows the mean of the clean one; a sampler starts from noise that does not. With the
+    offset that trace cannot be trusted, and the denoiser takes the colour of the background from the caption.
+    """
+    white = rng.standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(white + OFFSET * rng.standard_normal((*shape[:2], 1, 1), dtype=np.float32))
 
 
 def predict_noise(
