@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,11 +11,22 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPVisionModelWithProjection
 
+from pcr_export.models.reference.drawing import PIXELS
 from reference_training.configurations import build_scheduler
 from reference_training.text import TextTowers
 from reference_training.tokenizer import load_tokenizers
 
 BYTES_ALLOWED = 20_000_000
+PREPROCESSING = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": PIXELS},
+    "do_center_crop": False,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
 
 def assemble(
@@ -47,6 +59,7 @@ def write_package(
     pipeline.to(dtype=torch.float16).save_pretrained(partial)
     if vision is not None:
         vision.half().save_pretrained(partial / "clip_vision")
+        (partial / "clip_vision" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING, indent=1) + "\n")
     for name in ("tokenizer", "tokenizer_2"):
         for file in ("vocab.json", "merges.txt"):
             shutil.copyfile(folder / "pipeline" / name / file, partial / name / file)

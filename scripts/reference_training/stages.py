@@ -124,8 +124,8 @@ def run_package(training: Training) -> None:
 
 def run_samples(training: Training) -> None:
     """Draw the README's picture with the packaged model."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, torch_dtype=torch.float32, add_watermarker=False)
-    pipeline.to(training.device)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, add_watermarker=False)
+    pipeline.to(training.device, torch.float32)
     probe = read_weights("probe", image_probe(), training.folder)
     held_out = held_out_prompts(32, seed=12)
     scores, pictures = evaluate(pipeline, probe, held_out)
