@@ -78,11 +78,13 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("UNet file", f"{graph['onnx_bytes'] / 2**20:.1f} MiB (float {graph['float_bytes'] / 2**20:.1f} MiB)"),
     ]
     for engine in report["engines"]:
+        quantized, floating = engine["latency_ms"]["p50"], engine["float_latency_ms"]["p50"]
+        relaxed = f", relaxed step {engine['relaxed_latency_ms']['p50']:.1f}" if "relaxed_latency_ms" in engine else ""
+        where = f"batch {engine['batch']}, {engine['threads']} threads"
         rows.append(
             (
-                f"{engine['backend']} latency",
-                f"{engine['latency_ms']['p50']:.1f} ms, float {engine['float_latency_ms']['p50']:.1f} ms: "
-                f"{engine['speedup']:.2f}x (batch {engine['batch']}, {engine['threads']} threads)",
+                f"{engine['backend']} ms",
+                f"{quantized:.1f}{relaxed}, FP32 {floating:.1f}: {engine['speedup']:.2f}x ({where})",
             )
         )
     if report["fidelity"]:

@@ -30,11 +30,11 @@ class _Observe:
         self._histograms = histograms
         self._seen: set[str] = set()
 
-    def __call__(self, site: str, x: Tensor) -> Tensor:
+    def __call__(self, site: str, x: Tensor) -> tuple[Tensor, float]:
         if site not in self._seen:  # further layers read the same tensor
             self._seen.add(site)
             _count(self._histograms.setdefault(site, ActivationHistogram()), site, x)
-        return x
+        return x, 1.0
 
 
 def _count(histogram: ActivationHistogram, site: str, x: Tensor) -> None:
@@ -171,7 +171,7 @@ def _observe_and_quantize(
     """One pass: every site is observed behind already quantized layers, then quantized, in one forward."""
     row: dict[str, Quantizer] = {}
 
-    def visit(site: str, x: Tensor) -> Tensor:
+    def visit(site: str, x: Tensor) -> tuple[Tensor, float]:
         if site not in row:
             histogram = ActivationHistogram()
             _count(histogram, site, x)

@@ -62,14 +62,23 @@ class Quantizer:
     zero_point: int  # 0..255
 
 
-def quantize_dequantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bits: int = 8) -> Tensor:
-    """The value that the graph computes with instead of `x`, in x's dtype: StepScales' equations, relaxed digit included."""
+def quantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bits: int = 8) -> Tensor:
+    """`x` in units of `scale` on the integer grid, in x's dtype: StepScales' equations.
+
+    The result is q - zero_point, an integer in -255..255; a relaxed step (bits > 8) adds its second digit, a multiple of
+    2 ** (8 - bits).
+    """
     a = x / scale
     high = a.round().add_(zero_point).clamp_(0, 255).sub_(zero_point)
     if bits > 8:
         ratio = 2.0 ** (bits - 8)
         high += a.sub_(high).mul_(ratio).round_().clamp_(-128, 127).div_(ratio)
-    return high.mul_(scale)
+    return high
+
+
+def quantize_dequantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bits: int = 8) -> Tensor:
+    """The value that the graph computes with instead of `x`, in x's dtype."""
+    return quantize(x, scale, zero_point, bits).mul_(scale)
 
 
 def quantizer_from_range(low: float, high: float, *, affine: bool) -> Quantizer:

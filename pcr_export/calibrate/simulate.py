@@ -1,4 +1,8 @@
-"""The arithmetic of the quantized graph in torch: fake-quantized weights and activations on the denoiser's own network."""
+"""The arithmetic of the quantized graph in torch: integer-valued weights and activations on the denoiser's own network.
+
+A quantized layer computes  y = op(q - zero_point, Wq) * (scale * w) + b.  Both operands are integers held in float32, so the sums
+are those of the integer kernel, exactly, while they stay below 2^24; what is left are the roundings that the graph makes, too.
+"""
 
 from __future__ import annotations
 
@@ -8,72 +12,92 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from pcr_export.calibrate.ranges import Quantizer, quantize_dequantize
+from pcr_export.calibrate.ranges import Quantizer, quantize
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
 
-Visit = Callable[[str, Tensor], Tensor]  # (site, activation) -> what the layer reads instead
+Visit = Callable[[str, Tensor], tuple[Tensor, float]]  # (site, activation) -> (what the layer reads, in units of, this)
+
+
+class _Layer:
+    """One layer of the simulation: its integer weight in place, its float weight and bias set aside."""
+
+    def __init__(self, name: str, site: str, module: nn.Module, weight_bits: int | None, visit: Visit) -> None:
+        self._module, self._site, self._visit = module, site, visit
+        self._weight = module.get_parameter("weight").data
+        self._bias = module._parameters["bias"]
+        self._unit = 1.0
+        integers, self._weight_scale = _quantized_weight(name, self._weight, weight_bits)
+        module.get_parameter("weight").data = integers
+        module._parameters["bias"] = None
+        self._handles = [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)]
+
+    def restore(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._module.get_parameter("weight").data = self._weight
+        self._module._parameters["bias"] = self._bias
+
+    def _before(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, self._unit = self._visit(self._site, args[0])
+        return (x, *args[1:])
+
+    def _after(self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        shape = (1, -1, 1, 1) if isinstance(self._module, nn.Conv2d) else (-1,)
+        output = output * (self._weight_scale * self._unit).reshape(shape)
+        return output if self._bias is None else output.add_(self._bias.reshape(shape))
 
 
 class Simulation:
     """`with Simulation(denoiser, layers, 8)`: the network's weights are quantized and every site can be visited.
 
-    `weight_bits` None leaves the weights float (to observe the float model). On exit the network has its float weights and no hooks.
+    `weight_bits` None leaves the weights float. On exit the network has its float weights and no hooks.
     """
 
     def __init__(self, denoiser: Denoiser, layers: Sequence[Layer], weight_bits: int | None) -> None:
         self._denoiser = denoiser
-        self._layers = [layer for layer in layers if layer.site is not None]
+        self._names = {layer.name: layer.site for layer in layers if layer.site is not None}
         self._weight_bits = weight_bits
-        self._visit: Visit | None = None
-        self._float_weights: dict[str, Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._visit: Visit = leave_float
+        self._layers: list[_Layer] = []
 
     def __enter__(self) -> Simulation:
-        for layer in self._layers:
-            module = self._denoiser.network.get_submodule(layer.name)
-            if self._weight_bits is not None:
-                weight: Tensor = module.get_parameter("weight").data
-                self._float_weights[layer.name] = weight
-                module.get_parameter("weight").data = _quantized_weight(layer.name, weight, self._weight_bits)
-            self._handles.append(module.register_forward_pre_hook(self._hook(str(layer.site))))
+        for name, site in self._names.items():
+            module = self._denoiser.network.get_submodule(name)
+            self._layers.append(_Layer(name, site, module, self._weight_bits, lambda *args: self._visit(*args)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for name, weight in self._float_weights.items():
-            self._denoiser.network.get_submodule(name).get_parameter("weight").data = weight
-        self._float_weights, self._handles = {}, []
-
-    def _hook(self, site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def read_visited(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return args if self._visit is None else (self._visit(site, args[0]), *args[1:])
-
-        return read_visited
+        for layer in self._layers:
+            layer.restore()
+        self._layers = []
 
     @torch.inference_mode()
     def run(self, inputs: Inputs, visit: Visit | None = None) -> Tensor:
         """One call of the network. `visit` sees each quantized layer's input; without it activations stay float."""
-        self._visit = visit
-        try:
-            return self._denoiser(inputs)
-        finally:
-            self._visit = None
+        self._visit = visit or leave_float
+        return self._denoiser(inputs)
 
 
-def _quantized_weight(name: str, weight: Tensor, bits: int) -> Tensor:
+def leave_float(_site: str, x: Tensor) -> tuple[Tensor, float]:
+    """A visit that quantizes nothing."""
+    return x, 1.0
+
+
+def _quantized_weight(name: str, weight: Tensor, bits: int | None) -> tuple[Tensor, Tensor]:
+    """Integers in float32 of weight's shape, and float32 [out_channels]; without bits the weight itself, and ones."""
+    if bits is None:
+        return weight, torch.ones(len(weight), device=weight.device)
     try:
         q, scale = quantize_weight(weight.float().cpu().numpy(), bits)
     except ValueError as error:
         raise PcrExportError(f"layer {name}: {error}: the model's weights are damaged") from error
-    dequantized = torch.from_numpy(q).float() * torch.from_numpy(scale).reshape(-1, *[1] * (q.ndim - 1))
-    return dequantized.to(weight.device)
+    return torch.from_numpy(q).to(weight.device, torch.float32), torch.from_numpy(scale).to(weight.device)
 
 
 class QuantizeSites:
@@ -83,10 +107,10 @@ class QuantizeSites:
         self._quantizers = quantizers
         self._bits = bits
 
-    def __call__(self, site: str, x: Tensor) -> Tensor:
+    def __call__(self, site: str, x: Tensor) -> tuple[Tensor, float]:
         """What the layer reads instead of `x`."""
         quantizer = self._quantizers[site]
-        return quantize_dequantize(x, quantizer.scale, quantizer.zero_point, self._bits)
+        return quantize(x, quantizer.scale, quantizer.zero_point, self._bits), quantizer.scale
 
 
 def quantizers_of_step(scales: StepScales, step: int) -> dict[str, Quantizer]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_export.calibrate.ranges import quantize_dequantize
 from pcr_export.calibrate.simulate import QuantizeSites, Simulation, quantizers_of_step
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.progress import Track, silent
@@ -100,12 +99,12 @@ def _simulate(
 ) -> tuple[Tensor, Tensor]:
     """The simulation's output, and its output for inputs that float32 rounding could have made; fills `sites`."""
     step = scales.nearest_step(float(inputs[timestep]))
-    quantizers, bits = quantizers_of_step(scales, step), int(scales.bits[step])
+    quantize_sites = QuantizeSites(quantizers_of_step(scales, step), int(scales.bits[step]))
 
-    def visit(site: str, x: Tensor) -> Tensor:
-        quantized = quantize_dequantize(x, quantizers[site].scale, quantizers[site].zero_point, bits)
-        sites[site].add(x, quantized)
-        return quantized
+    def visit(site: str, x: Tensor) -> tuple[Tensor, float]:
+        quantized, scale = quantize_sites(site, x)
+        sites[site].add(x, quantized * scale)
+        return quantized, scale
 
     nearby = {name: x * (1 + 1e-7) if x.is_floating_point() and x.ndim > 0 else x for name, x in inputs.items()}
-    return simulation.run(inputs, visit), simulation.run(nearby, QuantizeSites(quantizers, bits))
+    return simulation.run(inputs, visit), simulation.run(nearby, quantize_sites)

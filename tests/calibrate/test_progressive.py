@@ -66,7 +66,7 @@ def test_step_t_is_observed_behind_quantized_steps(batch):
 
             def visit(site, x, histograms=histograms, quantize=quantize):
                 histograms[site].update(x)
-                return quantize(site, x) if batch == 6 else x  # one pass: the layers upstream are quantized too
+                return quantize(site, x) if batch == 6 else (x, 1.0)  # one pass: the layers upstream are quantized too
 
             simulation.run(inputs, visit)
             for site, histogram in histograms.items():

@@ -1,13 +1,17 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from class_conditional import class_conditional_denoiser
+from torch import nn
 
 from pcr_export.calibrate.layers import find_layers
-from pcr_export.calibrate.ranges import Quantizer, quantize_dequantize
+from pcr_export.calibrate.ranges import Quantizer
 from pcr_export.calibrate.simulate import QuantizeSites, Simulation
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.errors import PcrExportError
+from pcr_export.sites import Layer
 
 
 def test_simulation_restores_the_float_network():
@@ -22,21 +26,30 @@ def test_simulation_restores_the_float_network():
 
 
 @pytest.mark.parametrize("bits", [8, 10])
-def test_a_linear_layer_equals_integer_arithmetic(bits):
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(9, 40, generator=generator), torch.randn(24, 40, generator=generator)
+@pytest.mark.parametrize("op", ["Linear", "Conv2d"])
+def test_a_layer_equals_integer_arithmetic(op, bits):
+    """The sums are exact integers; scaling them rounds three times."""
+    torch.manual_seed(0)
+    linear = op == "Linear"
+    module = nn.Linear(40, 24) if linear else nn.Conv2d(40, 24, 1)
+    x = torch.randn(9, 40) if linear else torch.randn(9, 40, 3, 2)
+    denoiser = dataclasses.replace(
+        class_conditional_denoiser(), network=nn.Sequential(module), call=lambda network, inputs: network(inputs["x"])
+    )
     scale, zero_point = np.float32(0.03), 100
-    q, weight_scale = quantize_weight(weight.numpy())
-    a = x.numpy() / scale
+    with Simulation(denoiser, [Layer(name="0", op=op, site="0")], 8) as simulation:
+        simulated = simulation.run({"x": x}, QuantizeSites({"0": Quantizer(float(scale), zero_point)}, bits))
+
+    q, weight_scale = quantize_weight(module.weight.detach().numpy())
+    rows = x.numpy() if linear else x.permute(0, 2, 3, 1).reshape(-1, 40).numpy()
+    a = rows / scale
     high = np.clip(np.rint(a) + zero_point, 0, 255) - zero_point
     low = np.clip(np.rint((a - high) * 4), -128, 127) if bits == 10 else np.zeros_like(high)
-    integers = high.astype(np.int64) @ q.T.astype(np.int64) + (low.astype(np.int64) @ q.T.astype(np.int64)) / 4
-    expected = integers * (np.float64(scale) * weight_scale)
-    simulated = (
-        quantize_dequantize(x, float(scale), zero_point, bits).double()
-        @ torch.from_numpy(q * weight_scale[:, None].astype(float)).T
-    )
-    np.testing.assert_allclose(simulated.numpy(), expected, rtol=0, atol=2e-5)  # float32 rounding of the activations
+    weight = q.reshape(24, 40).T.astype(np.int64)
+    integers = high.astype(np.int64) @ weight + (low.astype(np.int64) @ weight) / 4
+    expected = integers * np.float64(scale) * weight_scale + module.bias.detach().numpy()
+    result = simulated.numpy() if linear else simulated.permute(0, 2, 3, 1).reshape(-1, 24).numpy()
+    np.testing.assert_allclose(result, expected, rtol=4 * 2**-24, atol=2**-22)
 
 
 def test_every_site_is_visited_with_its_own_quantizer():
