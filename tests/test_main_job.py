@@ -1,0 +1,71 @@
+"""The main job on the trained reference model, as a user runs it. Minutes: `pytest -m slow`."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+NAME = "tiny-sdxl-w8a8"
+FILES = (
+    "step_scales.safetensors",
+    "recipe.json",
+    "unet/model.onnx",
+    "unet/model.onnx_data",
+    "vae_decoder/model.onnx_data",
+)
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "pcr_export", "tiny-sdxl", "--bits", "w8a8", "--out", str(out), *options]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    out = tmp_path_factory.mktemp("engines")
+    start = time.monotonic()
+    subprocess.run(command(out), check=True, capture_output=True)
+    assert time.monotonic() - start < 600  # the promise of the README, not a speed test
+    return out / NAME
+
+
+def test_report_holds_up(exported):
+    report = json.loads((exported / "report.json").read_text())
+    assert report["calibration"] | {"prompts": 64, "steps": 20, "unet_batches": 20} == report["calibration"]
+    assert report["fidelity"]["artifact_vs_simulation_sqnr_db"] > 40
+    quality = report["quality"]
+    assert quality["n_images"] == 128
+    assert quality["psnr_db"] > 35
+    assert abs(quality["clip_score"] - quality["clip_score_fp32"]) < 1
+    assert "biased" in quality["warning"]
+    assert sum(site["quantized"] for site in report["sites"]) > 150
+
+
+def test_killed_twice_it_ends_with_the_same_bytes(exported, tmp_path):
+    states = tmp_path / NAME / ".stages" / "calibration"
+    for call in (2, 11):
+        process = subprocess.Popen(
+            command(tmp_path, "--no-validate"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not (states / f"call_{call:05d}.safetensors").exists():
+            assert process.poll() is None, "the export ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tmp_path, "--no-validate"), check=True, capture_output=True)
+    for name in FILES:
+        assert (tmp_path / NAME / name).read_bytes() == (exported / name).read_bytes(), name
+
+
+def test_picture_from_the_folder_alone(exported, tmp_path):
+    picture = tmp_path / "out.png"
+    prompt = "a red circle above a blue square"
+    arguments = ["generate", str(exported), prompt, "--seed", "1", "-o", str(picture)]
+    subprocess.run([sys.executable, "-m", "pcr_export", *arguments], check=True, capture_output=True)
+    assert Image.open(picture).size == (64, 64)
