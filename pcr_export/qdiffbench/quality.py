@@ -15,10 +15,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import read_json
 from pcr_export.qdiffbench.images import read_images
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's pixel normalisation (arXiv 2103.00020)
-STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGES_FOR_A_STABLE_DISTANCE = 2048
 
 
@@ -42,6 +41,8 @@ class ClipExtractor:
         self._vision = CLIPVisionModelWithProjection.from_pretrained(vision, dtype=torch.float32).eval()
         self._text = CLIPTextModelWithProjection.from_pretrained(text, dtype=torch.float32).eval()
         self._tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
+        preprocessing = read_json(vision / "preprocessor_config.json")
+        self._mean, self._std = (torch.tensor(preprocessing[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
         self.num_features: int = self._vision.config.projection_dim
         digest = hashlib.sha256((vision / "model.safetensors").read_bytes()).hexdigest()
         self.name = f"{vision.parent.name}/{vision.name} sha256:{digest[:16]}"
@@ -53,8 +54,7 @@ class ClipExtractor:
         pixels = images.float() / 255
         if pixels.shape[-2:] != (size, size):
             pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
-        features: Tensor = self._vision(pixel_values=(pixels - mean) / std).image_embeds
+        features: Tensor = self._vision(pixel_values=(pixels - self._mean) / self._std).image_embeds
         return features
 
     @torch.inference_mode()
