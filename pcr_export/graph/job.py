@@ -14,6 +14,7 @@ from pcr_export.step_scales import StepScales
 
 DOMAIN = "pcr"  # of the operators that exist only between two passes
 MICROSOFT = "com.microsoft"
+SHARED_BYTES = 2**20  # constants up to this size are shared by content
 MODULE_KEY = "pcr.module"  # node metadata: the module path that the node comes from
 
 
@@ -35,7 +36,7 @@ class Job:
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """An initializer of the main graph with this content; equal small content, same initializer."""
-        key = (str(array.dtype), array.shape, array.tobytes()) if array.nbytes <= 4096 else None
+        key = (str(array.dtype), array.shape, array.tobytes()) if array.nbytes <= SHARED_BYTES else None
         if key is not None and key in self.constants:
             return self.constants[key]
         value = self.initializer(array, name)

@@ -49,56 +49,44 @@ class Window:
 def emit_window_indices(emit: Emitter, x: ir.Value, window: Window) -> ir.Value:
     """Indices int64 [out_height, out_width, kernel_height * kernel_width] into the flattened pixels of x, in the graph.
 
-    x is [batch, height, width, channels]. A place outside the picture gets the index height * width.
+    x is [batch, height, width, channels]. A map of the pixels' numbers gets a border of height * width, which stands for the
+    outside; its rows and columns are then gathered tap by tap.
     """
     prefix, emit.prefix = emit.prefix, f"{emit.prefix}/indices"
-    sizes = emit("Shape", [x], {"start": 1, "end": 3}, name="size")
-    height, width = emit.many("Split", [sizes], 2, {"axis": 0, "num_outputs": 2}, name="height_width")
-    count = emit("Mul", [height, width], name="count")
-    row_inside, row = _emit_places(emit, height, window, 0)
-    column_inside, column = _emit_places(emit, width, window, 1)
-    rows = emit("Where", [row_inside, emit("Mul", [row, width], name="row_starts"), count], name="rows")
-    columns = emit("Where", [column_inside, column, count], name="columns")
-    rows = emit("Unsqueeze", [rows, emit.constant([1, 3], "rows_axes")], name="rows_4d")
-    columns = emit("Unsqueeze", [columns, emit.constant([0, 2], "columns_axes")], name="columns_4d")
-    indices = emit("Min", [emit("Add", [rows, columns], name="places"), count], name="clipped")
-    indices = emit("Reshape", [indices, emit.constant([0, 0, -1], "merge_kernel")], name="merged")
+    size = emit("Shape", [x], {"start": 1, "end": 3}, name="size")
+    count = emit("ReduceProd", [size], {"keepdims": 0}, name="count")
+    zero, one = (emit.constant(np.array(value, np.int64), f"scalar_{value}") for value in (0, 1))
+    numbers = emit("Reshape", [emit("Range", [zero, count, one], name="pixels"), size], name="map")
+    border = [-(-pad // window.upsample) for pad in (*window.pad_before, *window.pad_after)]
+    bordered = emit("Pad", [numbers, emit.constant(border, "border"), count], name="bordered")
+    rows = emit("Gather", [bordered, _emit_places(emit, size, window, 0, border[0])], {"axis": 0}, name="rows")
+    taps = emit("Gather", [rows, _emit_places(emit, size, window, 1, border[1])], {"axis": 2}, name="taps")
+    taps = emit("Transpose", [taps], {"perm": (0, 2, 1, 3)}, name="taps_last")
+    indices = emit("Reshape", [taps, emit.constant([0, 0, -1], "merge_kernel")], name="merged")
     emit.prefix = prefix
     return indices
 
 
-def _emit_places(emit: Emitter, size: ir.Value, window: Window, axis: int) -> tuple[ir.Value, ir.Value]:
-    """(inside, place), both [out_size, kernel_size]: whether each tap lies inside the axis, and on which source pixel."""
+def _emit_places(emit: Emitter, size: ir.Value, window: Window, axis: int, border: int) -> ir.Value:
+    """int64 [out_size, kernel_size]: where in the bordered map each tap of each window lies, along one axis.
+
+    place = (stride * i + dilation * k - pad) // upsample + border,    made of non-negative terms
+    """
     name = ("row", "column")[axis]
     kernel, stride, dilation = window.kernel[axis], window.stride[axis], window.dilation[axis]
-    full = size
-    if window.upsample != 1:
-        full = emit("Mul", [size, emit.constant([window.upsample], "upsample")], name=f"{name}_full")
-    reach = window.pad_before[axis] + window.pad_after[axis] - dilation * (kernel - 1) - 1
-    last = emit("Add", [full, emit.constant([reach], "reach")], name=f"{name}_last")
-    if stride != 1:
-        last = emit("Div", [last, emit.constant([stride], "stride")], name=f"{name}_steps")
-    count_out = emit(
-        "Squeeze", [emit("Add", [last, emit.constant([1], "one")], name=f"{name}_count")], name=f"{name}_outputs"
+    u, pad = window.upsample, window.pad_before[axis]
+    reach = pad + window.pad_after[axis] - dilation * (kernel - 1)  # windows start before size * upsample + reach
+    end = emit(
+        "Gather", [size, emit.constant(np.array(axis, np.int64), f"scalar_{axis}")], {"axis": 0}, name=f"{name}_size"
     )
-    scalar = [emit.constant(np.array(value, np.int64), f"scalar_{value}") for value in (0, 1)]
-    starts = emit("Range", [scalar[0], count_out, scalar[1]], name=f"{name}_starts")
-    if stride != 1:
-        starts = emit("Mul", [starts, emit.constant([stride], "stride")], name=f"{name}_strided")
-    taps = emit.constant(np.arange(kernel, dtype=np.int64) * dilation - window.pad_before[axis], f"{name}_taps")
-    places = emit(
-        "Add",
-        [emit("Unsqueeze", [starts, emit.constant([1], "one")], name=f"{name}_column"), taps],
-        name=f"{name}_places",
-    )
-    inside = emit(
-        "And",
-        [
-            emit("GreaterOrEqual", [places, emit.constant([0], "zero")], name=f"{name}_after"),
-            emit("Less", [places, full], name=f"{name}_before"),
-        ],
-        name=f"{name}_inside",
-    )
-    if window.upsample != 1:
-        places = emit("Div", [places, emit.constant([window.upsample], "upsample")], name=f"{name}_source")
-    return inside, places
+    if u != 1:
+        end = emit("Mul", [end, emit.constant(np.array(u, np.int64), f"scalar_{u}")], name=f"{name}_full")
+    if reach != 0:
+        end = emit("Add", [end, emit.constant(np.array(reach, np.int64), f"scalar_{reach}")], name=f"{name}_end")
+    first, step = (emit.constant(np.array(value, np.int64), f"scalar_{value}") for value in (0, stride))
+    starts = emit("Unsqueeze", [emit("Range", [first, end, step], name=f"{name}_starts"), emit.constant([1], "axis_1")])
+    taps = np.arange(kernel, dtype=np.int64) * dilation - pad + u * border
+    places = emit("Add", [starts, emit.constant(taps, f"{name}_taps")], name=f"{name}_places")
+    if u == 1:
+        return places
+    return emit("Div", [places, emit.constant(np.array(u, np.int64), f"scalar_{u}")], name=f"{name}_sources")

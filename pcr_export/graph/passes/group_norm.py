@@ -8,13 +8,14 @@ import onnx_ir as ir
 from pcr_export.graph.job import DOMAIN, Emitter, Job, attribute, replace_value, static_dim
 
 CHANNEL_AXIS = 3
+WIDEST_MATRIX = 256  # channels; [channels, channels] stays below the sizes that a cache forgets
 
 
 class LowerGroupNorm:
-    """pcr.GroupNormalization(x, gamma, beta), with G [channels, groups] that averages and S [groups, channels] that spreads:
+    """pcr.GroupNormalization(x, gamma, beta), where P averages the channels of each group:
 
-        mean = mean(x) G,    variance = max(mean(x^2) G - mean^2, 0)              float32 [batch, 1, 1, groups]
-        scale = gamma * (1 / sqrt(variance + epsilon)) S,    y = x * scale + (beta - scale * mean S)
+        mean = P mean(x),    variance + epsilon = max(P mean(x^2) - mean^2 + epsilon, epsilon)     [batch, 1, 1, channels]
+        scale = gamma / sqrt(variance + epsilon),    y = x * scale + (beta - scale * mean)
 
     Means are over height and width. Where x = Concat(x1, x2, ...) over channels, each part is scaled by itself and the parts are
     joined afterwards, so that SinkConcat can carry the copy behind the quantizer, where it moves a quarter of the bytes.
@@ -32,28 +33,20 @@ class LowerGroupNorm:
         x, gamma, beta = node.inputs
         assert x is not None
         assert gamma is not None
-        channels = static_dim(gamma, 0)
-        assert channels is not None
-        average, spread = _group_matrices(channels, attribute(node, "num_groups"))
-        g = emit.constant(average, f"group_average_{average.shape[0]}_{average.shape[1]}")
-        s = emit.constant(spread, f"group_spread_{spread.shape[0]}_{spread.shape[1]}")
+        groups = attribute(node, "num_groups")
         epsilon = emit.constant(np.array(attribute(node, "epsilon"), np.float32), "epsilon")
-        zero = emit.constant(np.array(0, np.float32), "no_variance")
         parts = _parts(x)
         means = _join(emit, [self._mean(emit, part, f"mean{i}") for i, part in enumerate(parts)], "means")
         squares = _join(emit, [self._mean_square(emit, part, i) for i, part in enumerate(parts)], "mean_squares")
-        mean = emit("MatMul", [means, g], name="mean")
-        power = emit("MatMul", [squares, g], name="power")
+        mean, power = (
+            _average(emit, each, groups, gamma, name) for each, name in ((means, "mean"), (squares, "power"))
+        )
         variance = emit(
-            "Max",
-            [emit("Sub", [power, emit("Mul", [mean, mean], name="square")], name="difference"), zero],
-            name="variance",
+            "Sub", [emit("Add", [power, epsilon]), emit("Mul", [mean, mean], name="square")], name="difference"
         )
-        deviation = emit("Sqrt", [emit("Add", [variance, epsilon], name="stabilised")], name="deviation")
-        scale = emit("Mul", [emit("MatMul", [emit("Reciprocal", [deviation]), s], name="inverse"), gamma], name="scale")
-        shift = emit(
-            "Sub", [beta, emit("Mul", [scale, emit("MatMul", [mean, s], name="spread")], name="offset")], name="shift"
-        )
+        deviation = emit("Sqrt", [emit("Max", [variance, epsilon], name="variance")], name="deviation")
+        scale = emit("Div", [gamma, deviation], name="scale")
+        shift = emit("Sub", [beta, emit("Mul", [scale, mean], name="offset")], name="shift")
         scales, shifts = _split(emit, scale, parts, "scales"), _split(emit, shift, parts, "shifts")
         normed = []
         for i, (part, a, b) in enumerate(zip(parts, scales, shifts, strict=True)):
@@ -89,7 +82,14 @@ def _split(emit: Emitter, value: ir.Value, parts: list[ir.Value], name: str) -> 
     return list(emit.many("Split", [value, sizes], len(parts), {"axis": CHANNEL_AXIS}, name=name))
 
 
-def _group_matrices(channels: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """G [channels, groups], columns that average a group, and S [groups, channels] of ones and zeros."""
-    spread = np.repeat(np.eye(groups, dtype=np.float32), channels // groups, axis=1)
-    return np.ascontiguousarray(spread.T) / np.float32(channels // groups), spread
+def _average(emit: Emitter, values: ir.Value, groups: int, gamma: ir.Value, name: str) -> ir.Value:
+    """Each channel's value replaced by its group's mean: by one small matrix, or by two thin ones where that would be large."""
+    channels = static_dim(gamma, 0)
+    assert channels is not None
+    spread = np.repeat(np.eye(groups, dtype=np.float32), channels // groups, axis=1)  # [groups, channels]
+    average = np.ascontiguousarray(spread.T) / np.float32(channels // groups)
+    label = f"{channels}_{groups}"
+    if channels <= WIDEST_MATRIX:
+        return emit("MatMul", [values, emit.constant(average @ spread, f"group_mean_{label}")], name=name)
+    mean = emit("MatMul", [values, emit.constant(average, f"group_average_{label}")], name=f"{name}_of_groups")
+    return emit("MatMul", [mean, emit.constant(spread, f"group_spread_{label}")], name=name)
