@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="the budget of the named stage; its schedule follows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=256, help="held-out prompts that stage evaluate judges")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.stages) - set(STAGES))
     if unknown:
@@ -30,7 +31,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    training = Training(arguments.work, torch.device(arguments.device), arguments.steps)
+    training = Training(arguments.work, torch.device(arguments.device), arguments.steps, arguments.prompts)
     for name in arguments.stages or STAGES:
         STAGES[name](training)
 

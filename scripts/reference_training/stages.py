@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from reference_training.clip_vision import train_vision
 from reference_training.configurations import build_clip_vision, build_unet, build_vae
-from reference_training.evaluation import draw_samples, evaluate, held_out_prompts
+from reference_training.evaluation import GOALS, draw_samples, evaluate, held_out_prompts
 from reference_training.latents import latent_batches, read_shards, write_shard
 from reference_training.loop import read_average, read_weights
 from reference_training.package import assemble, write_package
@@ -23,22 +23,24 @@ from reference_training.text import TextTowers, build_towers, train_text
 from reference_training.text_gate import check_spread
 from reference_training.unet import train_unet
 from reference_training.vae import train_vae
+from reference_training.yardsticks import score_clip, score_renders
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ROOT / "pcr_export" / "models" / "reference" / "tiny-sdxl"
 SAMPLES = ROOT / "docs" / "tiny-sdxl-samples.png"
 PICTURES = 30_000
 SHARDS = 8  # of 5 000 scenes
-STEPS = {"probe": 1200, "text": 650, "vae": 4400, "vision": 3000, "teacher": 800, "unet": 4800}
+STEPS = {"probe": 1200, "text": 650, "vae": 4400, "vision": 3000, "teacher": 800, "unet": 3400}
 
 
 @dataclass(frozen=True)
 class Training:
-    """Where the stages work, on what, and a budget of steps that replaces the default one."""
+    """Where the stages work, on what, a budget of steps that replaces the default one, and how many prompts are judged."""
 
     folder: Path
     device: torch.device
     steps: int | None = None
+    prompts: int = 256
 
     def budget(self, stage: str) -> int:
         """Return the steps of a stage."""
@@ -107,13 +109,22 @@ def run_unet(training: Training) -> None:
 
 
 def run_evaluate(training: Training) -> None:
-    """Print and write the probe's scores on held-out prompts (as many as --steps says, else 256)."""
+    """Print and write the scores on held-out prompts, and what to read them against."""
     probe = read_weights("probe", image_probe(), training.folder)
-    held_out = held_out_prompts(training.steps or 256, seed=11)
+    vision = read_weights("vision", build_clip_vision(), training.folder)
+    held_out = held_out_prompts(training.prompts, seed=11)
     scores, pictures = evaluate(training.pipeline(), probe, held_out)
-    print(json.dumps(scores))
-    (training.folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    found = {
+        "samples": scores,
+        **score_renders(probe, training.vae().cpu(), training.prompts),
+        "clip": score_clip(vision, training.text().cpu(), training.folder / "pipeline", training.prompts),
+    }
+    lines = json.dumps(found, indent=1)
+    print(lines)
+    (training.folder / "scores.json").write_text(lines + "\n")
     draw_samples(pictures[:32], held_out.captions[:32], training.folder / "samples.png")
+    missed = [name for name, goal in GOALS.items() if scores[name] < goal]
+    print(f"below the acceptance: {', '.join(missed)}" if missed else "accepted")
 
 
 def run_package(training: Training) -> None:

@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pcr_export.models.reference.captions import MAX_TOKENS, SYNONYMS, write_caption
+from pcr_export.models.reference.captions import MAX_TOKENS, write_caption
 from pcr_export.models.reference.scenes import (
     ABSENT,
     ATTRIBUTES,
-    SHAPES,
     Scene,
     draw_scene,
     is_held_out,
@@ -32,7 +31,6 @@ from reference_training.tokenizer import load_tokenizers, special_tokens, write_
 
 SCENES = 32  # per batch; each brings a neighbour that differs in one attribute, and both are captioned twice
 SIZES_OF_ATTRIBUTES = [len(values) for values in ATTRIBUTES.values()]
-NOUNS = {word for shape in SHAPES for word in SYNONYMS.get(shape, (shape,))}
 
 
 class TextTowers(nn.Module):
