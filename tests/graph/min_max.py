@@ -60,7 +60,5 @@ def feed(inputs: Inputs, **changed: torch.Tensor) -> dict[str, np.ndarray]:
 
 
 def sqnr_db(reference: np.ndarray, value: np.ndarray) -> float:
-    return float(
-        10
-        * np.log10(np.square(reference, dtype=np.float64).sum() / np.square(reference - value, dtype=np.float64).sum())
-    )
+    noise = np.square(reference - value, dtype=np.float64).sum()
+    return float(10 * np.log10(np.square(reference, dtype=np.float64).sum() / max(noise, 1e-300)))

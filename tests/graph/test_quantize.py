@@ -11,12 +11,14 @@ import onnx_ir as ir
 import pytest
 import torch
 from exported_cases import RELAXED, TIMESTEPS, Case
-from min_max import feed, sqnr_db
+from min_max import feed, min_max_scales, sqnr_db
+from torch import Tensor, nn
 
 from pcr_export.calibrate.simulate import Simulation, simulated_call
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.quantize import quantize_onnx
+from pcr_export.graph.to_onnx import export_float_onnx
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.sites import Layer
 
@@ -67,6 +69,39 @@ def test_relaxing_brings_the_artifact_nearer_to_float(sdxl: Case) -> None:
     assert distance[RELAXED] > distance[None] + 3
 
 
+class Perceptron(nn.Module):
+    """No picture, no use of the timestep, and a quantized layer that makes the output itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 40)
+        self.last = nn.Linear(40, 8, bias=False)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.last(nn.functional.silu(self.first(x)))
+
+
+@pytest.mark.parametrize("bits", [None, RELAXED])
+def test_a_quantized_layer_may_make_the_output(tmp_path: Path, bits: tuple[int, ...] | None) -> None:
+    torch.manual_seed(0)
+    denoiser = Denoiser(
+        network=Perceptron().eval(),
+        call=lambda network, inputs: network(inputs["x"], inputs["timestep"]),
+        walk=lambda conditions, seeds: iter(()),
+        timesteps=(),
+        dynamic_axes={"x": {0: "batch"}, "timestep": {}},
+        output="y",
+    )
+    inputs = {"x": torch.randn(5, 8), "timestep": torch.tensor(TIMESTEPS[0])}
+    scales, layers = min_max_scales(denoiser, inputs, TIMESTEPS, bits=bits, skip=())
+    export_float_onnx(denoiser, inputs, tmp_path / "float.onnx")
+    quantize_onnx(tmp_path / "float.onnx", scales, layers, tmp_path / "model.onnx")
+    with OnnxRuntimeEngine(tmp_path / "model.onnx", threads=1) as engine, Simulation(denoiser, layers, 8) as simulation:
+        assert engine.session.get_outputs()[0].name == "y"
+        simulated = simulated_call(simulation, scales, "timestep")(inputs).numpy()
+        np.testing.assert_allclose(engine.run(feed(inputs)), simulated, atol=1e-5)  # sums in another order
+
+
 def test_same_input_same_bytes(sdxl: Case) -> None:
     for bits in (None, RELAXED):
         scales, layers = sdxl.calibrate(bits)
@@ -97,7 +132,8 @@ def test_the_graph_is_integer_and_carries_its_weights_once(sdxl: Case) -> None:
 
 def test_attention_and_pictures_need_no_transposes_but_at_the_float_convolutions(sdxl: Case) -> None:
     quantize_onnx(sdxl.float_path, sdxl.scales, sdxl.layers, sdxl.folder / "model.onnx")
-    pictures = [node for node in ir.load(sdxl.folder / "model.onnx").graph if node.op_type == "Transpose"]
+    transposes = [node for node in ir.load(sdxl.folder / "model.onnx").graph if node.op_type == "Transpose"]
+    pictures = [node for node in transposes if "indices" not in str(node.name)]  # those are a few integers
     perms = [tuple(node.attributes["perm"].value) for node in pictures if "to_" in str(node.name)]
     assert perms.count((0, 3, 1, 2)) == 1
     assert not [node for node in pictures if tuple(node.attributes["perm"].value) == (0, 2, 1, 3)]

@@ -12,12 +12,11 @@ from pcr_export.graph.passes.group_norm import LowerGroupNorm
 from pcr_export.graph.passes.lower_layers import LowerLayers
 from pcr_export.graph.passes.sink_concat import SinkConcat
 from pcr_export.graph.passes.split_gated import SplitGated
-from pcr_export.graph.passes.tidy import MergeEqual, Tidy
+from pcr_export.graph.passes.tidy import Tidy
 
 ONNXRUNTIME_PASSES: tuple[type[Pass], ...] = (
     FindLayers,  # which nodes are quantized layers
     FuseSilu,
-    MergeEqual,
     ChannelsLast,  # pictures as [batch, height, width, channels]
     FlattenAttention,
     SplitGated,

@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pcr_export.graph.job import DOMAIN, Job
-
-
-class MergeEqual:
-    """f(x), f(x) -> one f(x): the exporter repeats an activation for each reader."""
-
-    def apply(self, job: Job) -> int:
-        """Merge; returns how many nodes went."""
-        before = len(job.graph)
-        model = ir.Model(job.graph, ir_version=10)
-        CommonSubexpressionEliminationPass()(model)
-        return before - len(job.graph)
 
 
 class Tidy:
