@@ -117,7 +117,7 @@ def _read_pipeline(folder: Path) -> Pipeline:
     if "safety_checker" in index:
         options["requires_safety_checker"] = False
     try:
-        with _quiet():
+        with quiet():
             pipeline: Pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
                 folder,
                 use_safetensors=True,
@@ -133,7 +133,7 @@ def _read_pipeline(folder: Path) -> Pipeline:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars of reading what is already here, and the libraries' warnings about it."""
     loggers = (diffusers_logging, transformers_logging)
     before = [(logger.is_progress_bar_enabled(), logger.get_verbosity()) for logger in loggers]
@@ -153,7 +153,7 @@ def _fetch(entry: CatalogEntry) -> Path:
     if not entry.is_hub_id:
         raise PcrExportError(f"{entry.name}: its folder {entry.source} is missing: install the package again")
     try:
-        with _quiet():
+        with quiet():
             folder = DiffusionPipeline.download(
                 entry.source,
                 use_safetensors=True,
@@ -169,7 +169,7 @@ def _fetch(entry: CatalogEntry) -> Path:
 
 def _read_unet(hub_id: str, entry: CatalogEntry) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return UNet2DConditionModel.from_pretrained(hub_id, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreachable(entry, hub_id, error) from error

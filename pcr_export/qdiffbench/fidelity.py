@@ -97,7 +97,7 @@ def measure_fidelity(
 def _simulate(
     simulation: Simulation, scales: StepScales, inputs: Inputs, timestep: str, sites: dict[str, _Energies]
 ) -> tuple[Tensor, Tensor]:
-    """The simulation's output, and its output for inputs that float32 rounding could have made; fills `sites`."""
+    """The simulation's output, and its output where every site is off by one unit in the last place; fills `sites`."""
     step = scales.nearest_step(float(inputs[timestep]))
     quantize_sites = QuantizeSites(quantizers_of_step(scales, step), int(scales.bits[step]))
 
@@ -106,5 +106,7 @@ def _simulate(
         sites[site].add(x, quantized * scale)
         return quantized, scale
 
-    nearby = {name: x * (1 + 1e-7) if x.is_floating_point() and x.ndim > 0 else x for name, x in inputs.items()}
-    return simulation.run(inputs, visit), simulation.run(nearby, quantize_sites)
+    def visit_next_float(site: str, x: Tensor) -> tuple[Tensor, float]:
+        return quantize_sites(site, torch.nextafter(x, torch.full_like(x, math.inf)))
+
+    return simulation.run(inputs, visit), simulation.run(inputs, visit_next_float)

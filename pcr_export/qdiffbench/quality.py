@@ -16,6 +16,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import read_json
+from pcr_export.models.load import quiet
 from pcr_export.qdiffbench.images import read_images
 
 IMAGES_FOR_A_STABLE_DISTANCE = 2048
@@ -42,7 +43,9 @@ class ClipExtractor:
         self._text = CLIPTextModelWithProjection.from_pretrained(text, dtype=torch.float32).eval()
         self._tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
         preprocessing = read_json(vision / "preprocessor_config.json")
-        self._mean, self._std = (torch.tensor(preprocessing[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
+        self._mean, self._std = (
+            torch.tensor(preprocessing[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
+        )
         self.num_features: int = self._vision.config.projection_dim
         digest = hashlib.sha256((vision / "model.safetensors").read_bytes()).hexdigest()
         self.name = f"{vision.parent.name}/{vision.name} sha256:{digest[:16]}"
@@ -80,7 +83,8 @@ def find_extractor(pipeline_folder: Path) -> ClipExtractor | None:
     """The CLIP that a pipeline folder brings along (clip_vision/ beside text_encoder_2/), or None."""
     if not (pipeline_folder / "clip_vision" / "model.safetensors").is_file():
         return None
-    return ClipExtractor(*(pipeline_folder / name for name in ("clip_vision", "text_encoder_2", "tokenizer_2")))
+    with quiet():
+        return ClipExtractor(*(pipeline_folder / name for name in ("clip_vision", "text_encoder_2", "tokenizer_2")))
 
 
 def measure_quality(
