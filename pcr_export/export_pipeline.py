@@ -125,7 +125,7 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         ("float", float_key, lambda: make("float", job.denoiser)),
         ("int8", {**exported.key, **float_key}, make_int8),
     ):
-        _forget_images_of_another_key(folders[name], key_hash(key))
+        _forget_images_of_another_key(folders[name], key_hash(key) if job.resume else "")
         exported.stages.run(f"images-{name}", key, [folders[name]], action)
     return exported.stages.run(
         "quality",
@@ -136,8 +136,8 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
 
 
 def _forget_images_of_another_key(folder: Path, key: str) -> None:
-    """Images are kept one by one and resumed; those made under another key are deleted first."""
+    """Images are kept one by one and resumed; those made under another key, or under none, are deleted first."""
     mark = folder / ".key"
-    if not (mark.is_file() and mark.read_text() == key):
+    if not (key and mark.is_file() and mark.read_text() == key):
         remove_folder(folder)
         write_text(mark, key)
