@@ -33,6 +33,7 @@ from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 Feed = dict[str, np.ndarray]
 Run = Callable[[Feed], np.ndarray]
 CALIBRATION_TIMESTEPS = np.linspace(950, 1, 8, dtype=np.float32)
+PAUSE_S = 0.1  # before every timed call: idle threads of the runner before it stop spinning
 FLOAT_MODULES = ("conv_in", "conv_out")  # left float by every quantizer here, as in the artifact
 STATIC = "onnxruntime quantize_static (Q/DQ, u8 x s8, per channel, min-max; Conv, MatMul, Gemm)"
 
@@ -105,7 +106,8 @@ def make_runners(
     calibration = [make_feed(float_path, 4, size, t, seed=i + 1) for i, t in enumerate(CALIBRATION_TIMESTEPS)]
     yield "onnxruntime FP32", onnxruntime_run(float_path, threads)
     yield STATIC, onnxruntime_run(make_static(float_path, calibration, scratch), threads)
-    yield from openvino_runs(float_path, calibration, threads)
+    shapes = {name: list(value.shape) for name, value in make_feed(float_path, batch, size, 0.0, seed=0).items()}
+    yield from openvino_runs(float_path, calibration, threads, shapes)
     yield "this artifact (onnxruntime, step-factored INT8)", onnxruntime_run(int8_path, threads)
 
 
@@ -147,8 +149,13 @@ def make_static(path: Path, calibration: list[Feed], scratch: Path) -> Path:
     return scratch / "static.onnx"
 
 
-def openvino_runs(path: Path, calibration: list[Feed], threads: int) -> Iterator[tuple[str, Run]]:
-    """OpenVINO in FP32, BF16 and INT8 by NNCF; nothing where the two packages are not installed."""
+def openvino_runs(
+    path: Path, calibration: list[Feed], threads: int, shapes: dict[str, list[int]]
+) -> Iterator[tuple[str, Run]]:
+    """OpenVINO in FP32, BF16 and INT8 by NNCF, compiled for fixed shapes, which suits it best.
+
+    Nothing where the two packages are not installed.
+    """
     try:
         import nncf
         import openvino
@@ -159,6 +166,7 @@ def openvino_runs(path: Path, calibration: list[Feed], threads: int) -> Iterator
 
     def compiled(model: openvino.Model, precision: str) -> Run:
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+        model.reshape(shapes)
         request = core.compile_model(model, "CPU", settings).create_infer_request()
         return lambda feed: np.array(request.infer(feed)[0])
 
@@ -180,6 +188,7 @@ def measure(runners: dict[str, Run], feed: Feed, rounds: int) -> list[Row]:
     outputs = {name: [run(feed) for _ in range(2)][-1] for name, run in runners.items()}
     for _ in track(range(rounds), "timing", console=Console(stderr=True)):
         for name, run in runners.items():
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             run(feed)
             times[name].append(1000 * (time.perf_counter() - start))
