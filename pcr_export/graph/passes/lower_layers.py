@@ -116,7 +116,7 @@ class _Lowering:
         def gather() -> ir.Value:
             flat = emit("Reshape", [q, emit.constant([0, -1, channels], "pixels")], name="pixels")
             pads = emit.constant([0, 0, 0, 0, 1, 0], "one_more_pixel")
-            outside = emit("Squeeze", [zero], name="outside")
+            outside = self._shared(node, ("outside", zero), lambda: emit("Squeeze", [zero], name="outside"))
             padded = emit("Pad", [flat, pads, outside], name="padded")
             patches = emit("Gather", [padded, indices], {"axis": 1}, name="patches")
             fan_in = window.kernel[0] * window.kernel[1] * channels
