@@ -46,6 +46,7 @@ class BranchOnRelaxed:
             old.name = None
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         job.graph.remove(reversed(core), safe=False)
+        job.graph.sort()  # a reader of the core may have stood before its last node
         return len(core)
 
 
