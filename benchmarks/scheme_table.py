@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pcr_export.cli import track
-from pcr_export.export import Job, quantize_denoiser
-from pcr_export.export_pipeline import judge_images
+from pcr_export.export import quantize_denoiser
+from pcr_export.export_pipeline import judge_images, pipeline_job
 from pcr_export.models.catalog import resolve
 from pcr_export.models.load import load_model
-from pcr_export.prompts import choose_prompts, packaged_prompts, read_prompts
+from pcr_export.prompts import packaged_prompts, read_prompts
 from pcr_export.recipe import Recipe
 from pcr_export.stages import write_json
 
@@ -65,13 +65,7 @@ def measure(model_name: str, images: int, out: Path, seed: int, changes: dict[st
     rows = []
     for name, settings in SCHEMES.items():
         recipe = replace(base, **settings)
-        job = Job(
-            denoiser=model.denoiser(),
-            recipe=recipe,
-            conditions=choose_prompts(calibration, recipe.calib_size, recipe.seed),
-            folder=out,
-            track=track,
-        )
+        job = replace(pipeline_job(model, recipe, calibration, out), track=track)
         quality = judge_images(job, quantize_denoiser(job), Path(entry.source), evaluation[:images])
         rows.append(Row(scheme=name, recipe=vars(recipe), quality=quality))
     return rows

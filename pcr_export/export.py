@@ -45,6 +45,7 @@ class Job:
     conditions: Sequence[Any]  # the calibration set: prompts, or what the denoiser's walk takes
     folder: Path
     seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' text and the recipe's seed
+    walk_key: Key = field(default_factory=dict)  # hashes of what the walk depends on besides the network and the recipe
     resume: bool = True
     validate: bool = True
     track: Track = silent
@@ -84,9 +85,10 @@ def quantize_denoiser(job: Job) -> Exported:
     seeds = job.noise_seeds()
     example = next(job.denoiser.walk([*job.conditions[:1], *job.conditions[:1]], [*seeds[:1], *seeds[:1]]))
     layers = find_layers(job.denoiser, example, job.recipe.skip)
-    weights = {"weights": hash_weights(job.denoiser), "version": __version__, "torch": torch.__version__}
+    weights = {"weights": hash_weights(job.denoiser.network), "version": __version__, "torch": torch.__version__}
     calibration_key = {
         **weights,
+        **job.walk_key,
         "recipe": job.recipe.hash(),
         "calibration set": key_hash(
             {str(seed): str(condition) for seed, condition in zip(seeds, job.conditions, strict=True)}
@@ -239,12 +241,13 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def hash_weights(denoiser: Denoiser) -> str:
-    """sha256 of the network's parameters and buffers with their names."""
+def hash_weights(*modules: torch.nn.Module) -> str:
+    """sha256 of the modules' parameters and buffers with their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(denoiser.network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

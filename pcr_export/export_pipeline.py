@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pcr_export.export import (
     Job,
     engine_call,
     finish,
+    hash_weights,
     make_folder,
     quantize_denoiser,
     remove_folder,
@@ -26,6 +28,7 @@ from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
 from pcr_export.qdiffbench.images import generate_images
 from pcr_export.qdiffbench.quality import find_extractor, measure_quality
+from pcr_export.recipe import Recipe
 from pcr_export.request import ExportRequest
 from pcr_export.stages import Facts, key_hash, write_text
 
@@ -45,12 +48,7 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
     source = model.entry.source
     exported.stages.run(
         "package",
-        {
-            "weights": exported.key["weights"],
-            "version": exported.key["version"],
-            "source": source,
-            "scheduler": str(dict(model.pipeline.scheduler.config)),
-        },
+        {name: exported.key[name] for name in ("version", "torch", *job.walk_key)},
         written_files(model.pipeline, job.folder),
         lambda: _package(job, model),
     )
@@ -68,17 +66,29 @@ def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], No
     model = load_model(request.entry())
     calibration, evaluation = request.prompt_sets()
     recipe = request.recipe(model.entry, len(calibration))
-    job = Job(
-        denoiser=model.denoiser(),
-        recipe=recipe,
-        conditions=choose_prompts(calibration, recipe.calib_size, recipe.seed),
-        folder=request.folder(),
+    job = replace(
+        pipeline_job(model, recipe, calibration, request.folder()),
         resume=request.resume,
         validate=request.validate,
         track=track,
         log=log,
     )
     return export_pipeline(job, model, evaluation[: request.num_images(recipe, len(evaluation))])
+
+
+def pipeline_job(model: LoadedModel, recipe: Recipe, prompts: Sequence[str], folder: Path) -> Job:
+    """The job of exporting a pipeline, calibrated on recipe.calib_size of the prompts."""
+    parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return Job(
+        denoiser=model.denoiser(),
+        recipe=recipe,
+        conditions=choose_prompts(prompts, recipe.calib_size, recipe.seed),
+        folder=folder,
+        walk_key={
+            "other parts": hash_weights(*(part for name, part in sorted(parts.items()) if name != "unet")),
+            "scheduler": json.dumps(dict(model.pipeline.scheduler.config), sort_keys=True, default=str),
+        },
+    )
 
 
 def _package(job: Job, model: LoadedModel) -> Facts:
@@ -95,7 +105,7 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         name: str(getattr(job.recipe, name)) for name in ("num_inference_steps", "guidance_scale", "height", "width")
     }
     float_key = {
-        "weights": exported.key["weights"],
+        **{name: exported.key[name] for name in ("weights", "torch", *job.walk_key)},
         "prompts": key_hash(
             {str(i): f"{seed} {prompt}" for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))}
         ),
