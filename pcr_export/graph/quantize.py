@@ -74,9 +74,16 @@ def _check_layers(scales: StepScales, layers: Sequence[Layer]) -> None:
 
 def _load(path: Path) -> ir.Model:
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except (OSError, ValueError, DecodeError) as error:
         raise PcrExportError(f"{path} is no readable ONNX graph ({error}): export it again") from error
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            data = path.parent / tensor.location
+            if not data.is_file() or data.stat().st_size < (tensor.offset or 0) + tensor.nbytes:
+                raise PcrExportError(f"{data}, the weights of {path.name}, is missing or cut short: export it again")
+    return model
 
 
 def _timestep(graph: ir.Graph) -> str:

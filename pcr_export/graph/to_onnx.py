@@ -69,7 +69,6 @@ class _Call(nn.Module):
         self.network = denoiser.network
         self.denoiser_call = denoiser.call
         self.names = tuple(denoiser.dynamic_axes)
-        self.train(denoiser.network.training)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.denoiser_call(self.network, dict(zip(self.names, inputs, strict=True)))

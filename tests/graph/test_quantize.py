@@ -169,6 +169,15 @@ def test_an_unreadable_float_graph_is_refused(sdxl: Case, tmp_path: Path, conten
         quantize_onnx(path, sdxl.scales, sdxl.layers, tmp_path / "out" / "model.onnx")
 
 
+@pytest.mark.parametrize("size", [None, 5000])
+def test_missing_weights_are_refused(sdxl: Case, tmp_path: Path, size: int | None) -> None:
+    (tmp_path / "model.onnx").write_bytes(sdxl.float_path.read_bytes())
+    if size is not None:
+        (tmp_path / "model.onnx_data").write_bytes(bytes(size))
+    with pytest.raises(PcrExportError, match="missing or cut short: export it again"):
+        quantize_onnx(tmp_path / "model.onnx", sdxl.scales, sdxl.layers, tmp_path / "out" / "model.onnx")
+
+
 def test_a_damaged_weight_is_named(sdxl: Case, tmp_path: Path) -> None:
     for file in ("model.onnx", "model.onnx_data"):
         (tmp_path / file).write_bytes((sdxl.float_path.parent / file).read_bytes())

@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from pcr_export.graph.job import DOMAIN, MICROSOFT, Emitter, Job, attribute, remove_unread, replace_value
+from pcr_export.graph.job import (
+    DOMAIN,
+    MICROSOFT,
+    Emitter,
+    Job,
+    attribute,
+    constant_array,
+    remove_unread,
+    replace_value,
+)
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 AXIS_TO_LAST = (0, 3, 1, 2)  # axis of a channels-first tensor -> its place in the channels-last one
@@ -34,7 +43,7 @@ class ChannelsLast:
     1. pcr.Conv(x)            -> T^-1(pcr.Conv(T(x)))                  pcr.Conv is channels-last from here on
     2. f(x), f(x, y)          -> T^-1(f(T(x), T(y)))                   elementwise, with broadcasting
     3. GroupNormalization(x)  -> T^-1(pcr.GroupNormalization(T(x)))
-    4. Concat, Split, Resize  -> the same on the moved axis
+    4. Concat, Split, Resize, Unsqueeze -> the same on the moved axis
     5. T(x)                   -> the channels-last x itself;  T^-1(T(x)) -> x
 
     A reader that is none of these (a float convolution, a reshape) gets one transpose.
@@ -77,6 +86,7 @@ class _Rewrite:
             "Split": self._split,
             "Resize": self._resize,
             "Transpose": self._transpose,
+            "Unsqueeze": self._unsqueeze,
         }
         return rules.get(node.op_type)
 
@@ -189,6 +199,14 @@ class _Rewrite:
         if x is not None and x.producer() is not None and perm == TO_FIRST:
             self.last[node.outputs[0]] = x
             return True
+        return False
+
+    def _unsqueeze(self, node: ir.Node, emit: Emitter) -> bool:
+        """[batch, channels] that becomes a picture of one pixel, as a time embedding does."""
+        axes = constant_array(node.inputs[1])
+        if node.inputs[0] is not None and axes is not None and axes.tolist() == [2, 3] and _rank(node.outputs[0]) == 4:
+            inputs = [node.inputs[0], emit.constant([1, 2], "height_width")]
+            self.last[node.outputs[0]] = emit("Unsqueeze", inputs, name="to_last", shape=_moved(node.outputs[0]))
         return False
 
     def _emit_like(self, node: ir.Node, inputs: list[ir.Value | None], emit: Emitter) -> None:
