@@ -1,8 +1,8 @@
 """Train tiny-sdxl from nothing, stage by stage.
 
-    python scripts/train_reference_model.py --work training
+    python scripts/train_reference_model.py
 
-runs every stage in order; names of stages run those. A stage that was stopped goes on from its last checkpoint. On a GPU all of
+runs every stage in order, below work/; names of stages run those. A stage that was stopped goes on from its last checkpoint. On a GPU all of
 it takes minutes, on one CPU core about two hours.
 """
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Run the stages named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", help=f"from {', '.join(STAGES)}; all of them when none is named")
-    parser.add_argument("--work", type=Path, default=Path("training"), help="checkpoints and caches (2 GB)")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="checkpoints and caches (2 GB)")
     parser.add_argument("--steps", type=int, help="the budget of the named stage; its schedule follows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)

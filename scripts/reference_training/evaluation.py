@@ -15,7 +15,7 @@ from pcr_export.models.reference.scenes import draw_scene, scene_labels
 from reference_training.probe import Reader, score_pictures
 
 STEPS = 20
-GUIDANCE = 5.0
+GUIDANCE = 4.5
 BATCH = 64
 GOALS = {"count": 0.9, "colour": 0.9, "size": 0.8, "shape": 0.6, "relation": 0.7, "background": 0.9, "pattern": 0.9}
 
