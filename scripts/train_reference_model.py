@@ -2,8 +2,8 @@
 
     python scripts/train_reference_model.py
 
-runs every stage in order, below work/; names of stages run those. A stage that was stopped goes on from its last checkpoint. On a GPU all of
-it takes minutes, on one CPU core about two hours.
+runs every stage in order, below work/; names of stages run those. A stage that was stopped goes on from its last checkpoint.
+On a GPU all of it takes minutes, on one CPU core about two hours.
 """
 
 from __future__ import annotations
