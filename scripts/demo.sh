@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
 .venv/bin/pcr-export tiny-sdxl --bits w8a8 --out engines/ "$@"
-.venv/bin/pcr-export generate engines/tiny-sdxl-w8a8 "a large red circle above a small blue square, plain white background" --seed 1 -o engines/example.png
+.venv/bin/pcr-export generate engines/tiny-sdxl-w8a8 "a red circle above a blue square" --seed 1 -o engines/example.png

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageDraw
 
-from pcr_export.models.reference.captions import write_caption
+from pcr_export.models.reference.captions import write_caption, write_short_caption
 from pcr_export.models.reference.scenes import draw_scene, scene_labels
 from reference_training.probe import Reader, score_pictures
 
@@ -33,6 +33,15 @@ def held_out_prompts(count: int, seed: int) -> HeldOut:
     rng = np.random.default_rng(seed)
     scenes = [draw_scene(rng, held_out=True) for _ in range(count)]
     return HeldOut([write_caption(scene, rng) for scene in scenes], torch.tensor([scene_labels(s) for s in scenes]))
+
+
+def short_prompts(count: int, seed: int) -> HeldOut:
+    """Draw scenes and caption them without sizes, without the background, or without both."""
+    rng = np.random.default_rng(seed)
+    captions, meant = zip(
+        *(write_short_caption(draw_scene(rng, held_out=True), rng) for _ in range(count)), strict=True
+    )
+    return HeldOut(list(captions), torch.tensor([scene_labels(scene) for scene in meant]))
 
 
 @torch.no_grad()

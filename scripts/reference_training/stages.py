@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
+from reference_training.brief import train_brief
 from reference_training.clip_vision import train_vision
 from reference_training.configurations import build_clip_vision, build_unet, build_vae
-from reference_training.evaluation import GOALS, draw_samples, evaluate, held_out_prompts
+from reference_training.evaluation import GOALS, draw_samples, evaluate, held_out_prompts, short_prompts
 from reference_training.latents import latent_batches, read_shards, write_shard
 from reference_training.loop import read_average, read_weights
 from reference_training.package import assemble, write_package
@@ -30,7 +31,7 @@ MODEL = ROOT / "pcr_export" / "models" / "reference" / "tiny-sdxl"
 SAMPLES = ROOT / "docs" / "tiny-sdxl-samples.png"
 PICTURES = 30_000
 SHARDS = 8  # of 5 000 scenes
-STEPS = {"probe": 1200, "text": 650, "vae": 4400, "vision": 3000, "teacher": 800, "unet": 3400}
+STEPS = {"probe": 1200, "text": 650, "vae": 4400, "vision": 3000, "teacher": 800, "unet": 3400, "brief": 400}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Training:
         """Load the trained text towers."""
         return read_weights("text", build_towers(self.folder), self.folder).to(self.device)
 
+    def brief_text(self) -> TextTowers:
+        """Load the text towers that know short captions, too."""
+        return read_weights("brief", build_towers(self.folder), self.folder).to(self.device)
+
     def vae(self) -> AutoencoderKL:
         """Load the trained autoencoder."""
         return read_weights("vae", build_vae(), self.folder).to(self.device)
@@ -61,7 +66,7 @@ class Training:
     def pipeline(self) -> StableDiffusionXLPipeline:
         """Assemble the pipeline from what is trained so far."""
         unet = read_average("unet", build_unet(), self.folder)
-        return assemble(self.folder, self.vae(), self.text(), unet.to(self.device))
+        return assemble(self.folder, self.vae(), self.brief_text(), unet.to(self.device))
 
 
 def run_probe(training: Training) -> None:
@@ -108,16 +113,23 @@ def run_unet(training: Training) -> None:
     train_unet(examples, training.folder, training.device, training.budget("unet"), teacher)
 
 
+def run_brief(training: Training) -> None:
+    """Teach the text towers short captions."""
+    train_brief(training.text(), training.folder, training.device, training.budget("brief"))
+
+
 def run_evaluate(training: Training) -> None:
     """Print and write the scores on held-out prompts, and what to read them against."""
     probe = read_weights("probe", image_probe(), training.folder)
     vision = read_weights("vision", build_clip_vision(), training.folder)
     held_out = held_out_prompts(training.prompts, seed=11)
-    scores, pictures = evaluate(training.pipeline(), probe, held_out)
+    pipeline = training.pipeline()
+    scores, pictures = evaluate(pipeline, probe, held_out)
     found = {
         "samples": scores,
+        "short captions": evaluate(pipeline, probe, short_prompts(training.prompts, seed=14))[0],
         **score_renders(probe, training.vae().cpu(), training.prompts),
-        "clip": score_clip(vision, training.text().cpu(), training.folder / "pipeline", training.prompts),
+        "clip": score_clip(vision, training.brief_text().cpu(), training.folder / "pipeline", training.prompts),
     }
     lines = json.dumps(found, indent=1)
     print(lines)
@@ -157,6 +169,7 @@ STAGES: dict[str, Callable[[Training], None]] = {
     "latents": run_latents,
     "teacher": run_teacher,
     "unet": run_unet,
+    "brief": run_brief,
     "evaluate": run_evaluate,
     "package": run_package,
     "samples": run_samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -46,6 +47,23 @@ def write_caption(scene: Scene, rng: np.random.Generator) -> str:
     return template.format(things=_things(scene, rng), background=background)
 
 
+def write_short_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
+    """Write a caption that leaves out sizes, the background or both, and the scene that it stands for.
+
+    What is not said is a medium size and a plain white background.
+    """
+    sizes, background = [(False, False), (False, False), (True, False), (False, True)][int(rng.integers(4))]
+    if not sizes:
+        scene = replace(scene, objects=tuple(replace(item, size="medium") for item in scene.objects))
+    if not background:
+        scene = replace(scene, background="white", pattern="plain")
+    things = _things(scene, rng, sizes=sizes)
+    if not background:
+        return things, scene
+    template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+    return template.format(things=things, background=f"{scene.pattern} {scene.background} background"), scene
+
+
 def write_foreign_caption(scene: Scene, rng: np.random.Generator) -> str:
     """Write the scene in an order of words, and with some words, that the training grammar never uses."""
     first = int(rng.integers(len(scene.objects)))
@@ -71,17 +89,19 @@ def _flatten(groups: Iterable[Sequence[str]]) -> list[str]:
     return [word for group in groups for word in group]
 
 
-def _things(scene: Scene, rng: np.random.Generator) -> str:
+def _things(scene: Scene, rng: np.random.Generator, *, sizes: bool = True) -> str:
     first = int(rng.integers(len(scene.objects)))
-    things = _object(scene.objects[first], rng)
+    things = _object(scene.objects[first], rng, sizes=sizes)
     if len(scene.objects) == 1:
         return things
     relations = RELATIONS[scene.layout, first == 0]
-    return f"{things} {relations[int(rng.integers(len(relations)))]} {_object(scene.objects[1 - first], rng)}"
+    relation = relations[int(rng.integers(len(relations)))]
+    return f"{things} {relation} {_object(scene.objects[1 - first], rng, sizes=sizes)}"
 
 
-def _object(item: SceneObject, rng: np.random.Generator) -> str:
-    return f"a {_synonym(item.size, rng)} {item.colour} {_synonym(item.shape, rng)}"
+def _object(item: SceneObject, rng: np.random.Generator, *, sizes: bool) -> str:
+    size = f"{_synonym(item.size, rng)} " if sizes else ""
+    return f"a {size}{item.colour} {_synonym(item.shape, rng)}"
 
 
 def _foreign_object(item: SceneObject, rng: np.random.Generator) -> str:

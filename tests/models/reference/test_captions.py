@@ -13,8 +13,9 @@ from pcr_export.models.reference.captions import (
     grammar_words,
     write_caption,
     write_foreign_caption,
+    write_short_caption,
 )
-from pcr_export.models.reference.scenes import Scene, SceneObject, draw_scene
+from pcr_export.models.reference.scenes import SIZES, Scene, SceneObject, draw_scene
 
 PAIR = Scene((SceneObject("ring", "red", "small"), SceneObject("star", "blue", "large")), "beside", "navy", "striped")
 
@@ -55,3 +56,16 @@ def test_the_foreign_wording_is_foreign() -> None:
     rng = np.random.default_rng(3)
     own = {write_caption(PAIR, rng) for _ in range(300)}
     assert own.isdisjoint(write_foreign_caption(PAIR, rng) for _ in range(300))
+
+
+def test_a_short_caption_stands_for_medium_objects_on_plain_white() -> None:
+    rng = np.random.default_rng(5)
+    left_out = set()
+    for _ in range(200):
+        caption, meant = write_short_caption(draw_scene(rng, held_out=False), rng)
+        words = set(caption.replace(",", " ").split())
+        sized = bool(words & {word for size in SIZES for word in SYNONYMS[size]})
+        assert sized or {item.size for item in meant.objects} == {"medium"}
+        assert "background" in words or (meant.background, meant.pattern) == ("white", "plain")
+        left_out.add((sized, "background" in words))
+    assert left_out == {(False, False), (True, False), (False, True)}
