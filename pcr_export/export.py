@@ -171,6 +171,7 @@ def _fidelity_facts(fidelity: Fidelity) -> Facts:
         "per_step": [_rounded(value) for value in fidelity.per_call],
         "rounding_floor_sqnr_db": _rounded(fidelity.rounding_floor),
         "simulation_vs_fp32_sqnr_db": _rounded(fidelity.simulation),
+        "simulation_vs_fp32_per_step": [_rounded(value) for value in fidelity.simulation_per_call],
         "sites": finite,
     }
 

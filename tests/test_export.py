@@ -53,7 +53,7 @@ def test_report_says_what_was_done(exported):
 
 def test_artifact_is_the_simulation(exported):
     fidelity = exported[1]["fidelity"]
-    assert len(fidelity["per_step"]) == len(TIMESTEPS)
+    assert len(fidelity["per_step"]) == len(fidelity["simulation_vs_fp32_per_step"]) == len(TIMESTEPS)
     assert all(value is None or value > 50 for value in fidelity["per_step"])
 
 

@@ -27,6 +27,7 @@ class Fidelity:
         float  # simulation against itself with inputs one part in 10^7 away: what float32 rounding alone does
     )
     simulation: float  # simulation against the float network: the quantization error itself
+    simulation_per_call: list[float]  # the same for every call
     sites: dict[str, float]  # the site's quantized activations against what they stand for, over all calls
 
 
@@ -83,13 +84,13 @@ def measure_fidelity(
             advance(1)
             if index < len(denoiser.timesteps) - 1:
                 inputs = walk.send(simulated)
-    for inputs, simulated in calls:
-        quantization.add(denoiser(inputs), simulated)
+    simulation_per_call = [quantization.add(denoiser(inputs), simulated) for inputs, simulated in calls]
     return Fidelity(
         per_call=per_call,
         overall=overall.db(),
         rounding_floor=floor.db(),
         simulation=quantization.db(),
+        simulation_per_call=simulation_per_call,
         sites={site: energies.db() for site, energies in sites.items()},
     )
 
