@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pcr_export.errors import PcrExportError
-from pcr_export.graph.to_onnx import OPSET, save_model
+from pcr_export.graph.to_onnx import OPSET, quiet_exporter, save_model
 
 
 def export_text_encoder(encoder: Any, tokens: int, path: Path) -> None:
@@ -85,7 +82,7 @@ def _export(
     module: nn.Module, example: dict[str, Tensor], outputs: list[str], axes: Mapping[str, Mapping[int, str]], path: Path
 ) -> None:
     try:
-        with torch.inference_mode(False), torch.no_grad(), _quiet():
+        with torch.inference_mode(False), torch.no_grad(), quiet_exporter():
             program = torch.onnx.export(
                 module.eval(),
                 kwargs=dict(example),
@@ -115,17 +112,3 @@ def _strip(model: ir.Model, name: str) -> None:
         item.metadata_props.clear()
         item.doc_string = None
     model.graph.name = name
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's warnings about torchvision and its own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Denoiser -> float ONNX: the one file that calls torch.onnx."""
+"""Denoiser -> float ONNX, by torch.onnx's dynamo exporter."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _trace(denoiser: Denoiser, example: dict[str, Tensor]) -> torch.onnx.ONNXPro
     axes = denoiser.dynamic_axes
     shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes[name]} for name in axes)
     try:
-        with torch.inference_mode(False), torch.no_grad(), _quiet():
+        with torch.inference_mode(False), torch.no_grad(), quiet_exporter():
             program = torch.onnx.export(
                 _Call(denoiser).eval(),
                 tuple(example[name] for name in axes),
@@ -137,7 +137,7 @@ def _attention(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter warns about torchvision and its own internals: nothing that a person can act on."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
