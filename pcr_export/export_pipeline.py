@@ -60,8 +60,7 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
 
 
 def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], None]) -> dict[str, Any]:
-    """The main job from a request to its report. Raises PcrExportError for everything that a person can mend."""
-    request.check()
+    """The main job from a checked request to its report. Raises PcrExportError for everything that a person can mend."""
     make_folder(request.folder())
     model = load_model(request.entry())
     calibration, evaluation = request.prompt_sets()
