@@ -20,9 +20,12 @@ HOMES = {
     "transformers": ("models/", "deploy/", "qdiffbench/quality.py"),
     "torchmetrics": ("qdiffbench/quality.py",),
     "onnxruntime": ("engines/onnxruntime.py",),
-    "onnx_ir": ("graph/", "deploy/"),
+    "onnx_ir": ("graph/", "deploy/", "engines/onnx_files.py"),
     "onnx": (),
     "onnxscript": ("graph/",),
+    "tensorrt": ("engines/flavours.py",),
+    "tensorrt_rtx": ("engines/flavours.py",),
+    "polygraphy": ("engines/",),
 }
 
 # The rooms from top to bottom; a module imports from its own row and from rows below it only.

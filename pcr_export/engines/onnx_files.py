@@ -1,0 +1,96 @@
+"""What a builder needs to know of an ONNX file without parsing it: its inputs' axes, its files, their hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from pcr_export.errors import PcrExportError
+
+Range = tuple[int, int, int]  # minimum, optimum, maximum
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # the same, of every axis
+CHUNK = 1 << 22  # bytes read at a time
+
+
+def input_axes(path: Path) -> dict[str, tuple[int | str, ...]]:
+    """The axes of each input: a size, or the name of a symbolic axis such as batch.
+
+    Raises:
+        PcrExportError: the file is missing.
+    """
+    inputs = _load(path).graph.inputs
+    return {
+        str(value.name): tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
+        for value in inputs
+    }
+
+
+def input_shapes(path: Path, axes: Mapping[str, Range]) -> dict[str, ShapeRange]:
+    """Minimum, optimum and maximum shape of each input, its symbolic axes replaced by `axes`.
+
+    Raises:
+        PcrExportError: the file is missing, an axis is not in `axes`, or a range does not ascend from 1.
+    """
+    shapes = {}
+    for name, dims in input_axes(path).items():
+        sizes = [_range(name, dim, axes) for dim in dims]
+        shapes[name] = (
+            tuple(low for low, _, _ in sizes),
+            tuple(best for _, best, _ in sizes),
+            tuple(high for _, _, high in sizes),
+        )
+    return shapes
+
+
+def onnx_sha256(path: Path) -> str:
+    """sha256 over the ONNX file and, in the order of their names, the files of its external data.
+
+    Raises:
+        PcrExportError: one of them is missing.
+    """
+    model = _load(path)
+    names = {
+        str(value.const_value.location)
+        for graph in (model.graph, *model.graph.subgraphs())
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    digest = hashlib.sha256()
+    for file in (path, *(path.parent / name for name in sorted(names))):
+        add_file(digest, file)
+    return digest.hexdigest()
+
+
+def add_file(digest: hashlib._Hash, path: Path) -> None:
+    """Feed the bytes of `path` to `digest`.
+
+    Raises:
+        PcrExportError: the file is missing.
+    """
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except FileNotFoundError as error:
+        raise PcrExportError(f"{path} does not exist: export the model again") from error
+
+
+def _load(path: Path) -> ir.Model:
+    if not path.is_file():
+        raise PcrExportError(f"{path} does not exist: export the model first")
+    return ir.load(path)
+
+
+def _range(name: str, axis: int | str, axes: Mapping[str, Range]) -> Range:
+    if isinstance(axis, int):
+        return axis, axis, axis
+    if axis not in axes:
+        known = ", ".join(axes) or "none"
+        raise PcrExportError(f"input {name} has the axis {axis}: give it as min/opt/max (given: {known})")
+    low, best, high = axes[axis]
+    if not 1 <= low <= best <= high:
+        raise PcrExportError(f"{axis} {low}/{best}/{high} is no range: write min/opt/max in ascending order, from 1")
+    return low, best, high
