@@ -15,7 +15,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as cleaning
 from onnxscript import opset23
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import onnx_fusions, rewrite
+from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
 from pcr_export.errors import PcrExportError
@@ -26,12 +30,40 @@ MODULE_KEY = "pcr.module"  # node metadata: the module path, relative to denoise
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 WRAPPED = "network"  # the name under which _Call holds the network
 
+# The exporter's own rewrites but for those that search the whole graph at every node (slice_split_rule), and those that
+# change a layer's weight or padding, which calibration saw as they are.
+REWRITES = (
+    *rules.mul_by_1_rule.commute(),
+    *rules.add_0_rule.commute(),
+    rules.sub_0_rule,
+    rules.div_by_1_rule,
+    rules.dropout_zero_rule,
+    rules.dropout_inference_rule,
+    rules.two_reshapes_matmul_reshape_rule,
+    rules.one_reshape_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.flatten_to_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.no_op_dynamic_scatter_nd_rule,
+    rules.no_op_static_scatter_nd_rule,
+    rules.remove_optional_bias_from_conv_rule,
+    rules.remove_optional_bias_from_gemm_rule,
+)
+
 
 def export_float_onnx(denoiser: Denoiser, example: dict[str, Tensor], path: Path) -> None:
-    """Export the denoiser's network as a float ONNX graph, its weights beside it in `<path>_data`.
-
-    Inputs come in the order of `denoiser.dynamic_axes`, the timestep as a rank-0 float32, the output is `denoiser.output`.
-    Every node carries the path of its module in its metadata under `pcr.module`. Same network, same bytes.
+    """Write the graph of `trace_float_onnx` to `path`, its weights beside it in `<path>_data`. Same network, same bytes.
 
     Args:
         denoiser: its network in float32 and eval mode.
@@ -39,15 +71,33 @@ def export_float_onnx(denoiser: Denoiser, example: dict[str, Tensor], path: Path
         path: the file to write, through a temporary name.
 
     Raises:
+        PcrExportError: as `trace_float_onnx` does.
+    """
+    save_model(trace_float_onnx(denoiser, example), path)
+
+
+def trace_float_onnx(denoiser: Denoiser, example: dict[str, Tensor]) -> ir.Model:
+    """The denoiser's network as a float ONNX graph in memory. Its weights are views of the network's own: nothing is copied.
+
+    Inputs come in the order of `denoiser.dynamic_axes`, the timestep as a rank-0 float32, the output is `denoiser.output`.
+    Every node carries the path of its module in its metadata under `pcr.module`. A weight is named by its module path; a
+    Linear's stands transposed, [in, out], as `<module>.weight.T` where the graph multiplies by it.
+
+    Args:
+        denoiser: its network in float32 and eval mode.
+        example: every input by name; a dynamic axis needs a size of at least 2. The graph holds for every size.
+
+    Raises:
         PcrExportError: an input is missing, a dynamic axis has size below 2, or the network cannot be traced with those axes free.
     """
     _check_example(denoiser, example)
-    program = _trace(denoiser, example)
-    model = program.model
+    model = _trace(denoiser, example)
+    _transpose_weights(model.graph)
+    _optimize(model)
     _name_axes(model.graph, denoiser)
     _keep_module_paths(model)
     _name_weights(model.graph)
-    save_model(model, path)
+    return model
 
 
 def save_model(model: ir.Model, path: Path) -> None:
@@ -90,7 +140,7 @@ def _check_example(denoiser: Denoiser, example: dict[str, Tensor]) -> None:
         raise PcrExportError(f"{denoiser.timestep} must be a rank-0 float32 tensor: give torch.tensor(500.0)")
 
 
-def _trace(denoiser: Denoiser, example: dict[str, Tensor]) -> torch.onnx.ONNXProgram:
+def _trace(denoiser: Denoiser, example: dict[str, Tensor]) -> ir.Model:
     axes = denoiser.dynamic_axes
     shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes[name]} for name in axes)
     try:
@@ -104,14 +154,47 @@ def _trace(denoiser: Denoiser, example: dict[str, Tensor]) -> torch.onnx.ONNXPro
                 output_names=[denoiser.output],
                 dynamic_shapes={"inputs": shapes},
                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         free = ", ".join(sorted({name for each in axes.values() for name in each.values()}))
         raise PcrExportError(f"the network cannot be exported to ONNX with {free} free: {_innermost(error)}") from error
     assert program is not None
-    return program
+    return program.model
+
+
+def _transpose_weights(graph: ir.Graph) -> None:
+    """Transpose(W) -> W.T, an initializer that is a view of W."""
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        tensor = weight.const_value if weight is not None and weight.is_initializer() else None
+        if weight is None or tensor is None or len(tensor.shape) != 2:
+            continue
+        name = f"{weight.name}.T"
+        if name not in graph.initializers:
+            view = torch.from_numpy(tensor.numpy()).T  # of numpy's, ir would write one element at a time
+            const = ir.Tensor(view, tensor.dtype, name=name)
+            graph.register_initializer(ir.val(name, type=weight.type, shape=const.shape, const_value=const))
+        node.outputs[0].replace_all_uses_with(graph.initializers[name])
+        graph.remove(node, safe=True)
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold constants (small ones) and what REWRITES tells, twice; no pass reads a weight."""
+    cleaning.InlinePass()(model)
+    for _ in range(2):
+        fold_constants(model, onnx_shape_inference=True)
+        rewrite(model, REWRITES)
+    ir.passes.Sequential(
+        cleaning.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        cleaning.LiftSubgraphInitializersToMainGraphPass(),
+        cleaning.DeduplicateInitializersPass(),
+        cleaning.CommonSubexpressionEliminationPass(),
+        cleaning.OutputFixPass(),
+        cleaning.NameFixPass(),
+    )(model)
+    onnx_fusions.fuse(model)
 
 
 def _innermost(error: BaseException) -> str:
@@ -205,21 +288,12 @@ def _keep_module_paths(model: ir.Model) -> None:
 
 
 def _name_weights(graph: ir.Graph) -> None:
-    """Initializers are named by module path; a Linear's folded, transposed weight [in, out] becomes `<module>.weight.T`."""
+    """Initializers are named by module path."""
     for name in list(graph.initializers):
-        _rename_initializer(graph, name, name.removeprefix(WRAPPED + "."))
-    for node in graph:
-        weight = node.inputs[1] if node.op_type == "MatMul" else None
-        module = node.metadata_props.get(MODULE_KEY)
-        if weight is not None and weight.is_initializer() and module and str(weight.name).startswith("val_"):
-            _rename_initializer(graph, str(weight.name), f"{module}.weight.T")
-
-
-def _rename_initializer(graph: ir.Graph, old: str, new: str) -> None:
-    if old == new or new in graph.initializers:
-        return
-    value = graph.initializers.pop(old)
-    value.name = new
-    if value.const_value is not None:
-        value.const_value.name = new
-    graph.register_initializer(value)
+        new = name.removeprefix(WRAPPED + ".")
+        if new != name and new not in graph.initializers:
+            value = graph.initializers.pop(name)
+            value.name = new
+            if value.const_value is not None:
+                value.const_value.name = new
+            graph.register_initializer(value)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
-from pcr_export.graph.to_onnx import MODULE_KEY, export_float_onnx
+from pcr_export.graph.to_onnx import MODULE_KEY, export_float_onnx, save_model, trace_float_onnx
 from pcr_export.models.denoiser import Denoiser
 
 
@@ -64,6 +64,51 @@ def test_same_network_same_bytes_and_no_traces_of_this_machine(exported: Callabl
     assert b".py" not in text
     assert str(case.folder).encode() not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx_data"]
+
+
+def test_weights_are_the_networks_own_memory(exported: Callable[[str], Case]) -> None:
+    case = exported("sdxl")
+    parameters = dict(case.denoiser.network.named_parameters())
+    model = trace_float_onnx(case.denoiser, case.inputs()).clone()
+    transposed = 0
+    for name, value in model.graph.initializers.items():
+        parameter = parameters.get(name.removesuffix(".T"))
+        if parameter is not None:
+            expected = parameter.detach().T if name.endswith(".T") else parameter.detach()
+            assert np.shares_memory(value.const_value.numpy(), parameter.detach().numpy()), name
+            np.testing.assert_array_equal(value.const_value.numpy(), expected)
+            transposed += name.endswith(".T")
+    assert transposed > 20
+    assert not any(node.op_type == "Transpose" and node.inputs[0].is_initializer() for node in model.graph)
+
+
+def test_what_is_traced_and_cloned_is_what_is_exported(exported: Callable[[str], Case], tmp_path: Path) -> None:
+    case = exported("sd")
+    save_model(trace_float_onnx(case.denoiser, case.inputs()).clone(), tmp_path / "model.onnx")
+    for file in ("model.onnx", "model.onnx_data"):
+        assert (tmp_path / file).read_bytes() == (case.float_path.parent / file).read_bytes()
+
+
+class SharedWeight(nn.Module):
+    """Two layers with one weight; the second one's product has rank 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return self.second(self.first(x.flatten(1, 2)[..., :6]).sum(dim=1)) + t + label[:, None]
+
+
+def test_layers_that_share_a_weight(tmp_path: Path) -> None:
+    denoiser = replace(class_conditional_denoiser(), network=SharedWeight(), output_axes={0: "batch"})
+    export_float_onnx(denoiser, class_inputs(), tmp_path / "model.onnx")
+    inputs = class_inputs(batch=3)
+    with OnnxRuntimeEngine(tmp_path / "model.onnx", threads=1) as engine, torch.no_grad():
+        found = engine.run(feed(inputs))
+        np.testing.assert_allclose(found, denoiser(inputs).numpy(), rtol=1e-5)  # sums in another order
 
 
 def test_a_network_that_is_no_diffusers_model(exported: Callable[[str], Case]) -> None:
