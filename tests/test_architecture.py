@@ -15,7 +15,16 @@ PACKAGE = ROOT / "pcr_export"
 HOMES = {
     "typer": ("cli.py",),
     "rich": ("cli.py",),
-    "torch": ("calibrate/", "models/", "graph/to_onnx.py", "qdiffbench/", "deploy/", "export.py", "export_pipeline.py"),
+    "torch": (
+        "calibrate/",
+        "models/",
+        "graph/to_onnx.py",
+        "engines/tensorrt_runner.py",
+        "qdiffbench/",
+        "deploy/",
+        "export.py",
+        "export_pipeline.py",
+    ),
     "diffusers": ("models/", "deploy/"),
     "transformers": ("models/", "deploy/", "qdiffbench/quality.py"),
     "torchmetrics": ("qdiffbench/quality.py",),

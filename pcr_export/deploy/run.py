@@ -1,7 +1,8 @@
-"""From an exported folder alone to images: diffusers' own pipeline whose networks are onnxruntime sessions."""
+"""From an exported folder alone to images: diffusers' own pipeline whose networks are onnxruntime sessions or engines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,12 @@ from transformers import CLIPTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+from pcr_export.engines.engine_folder import find_engine, tensorrt_onnx
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.engines.tensorrt_runner import TensorRtEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, fill_in, read_json, read_model_index
-from pcr_export.models.denoiser import sample
+from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.load import LoadedModel
 from pcr_export.models.pipelines import Pipeline
 from pcr_export.qdiffbench.images import to_uint8
@@ -36,12 +39,14 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str = "",
+    engine: str | None = None,
 ) -> np.ndarray:
     """Draw `prompt` with an exported folder.
 
     Args:
         folder: what an export wrote.
         steps, guidance_scale: None for those of the export's recipe.
+        engine: as `load_exported_pipeline` takes it.
 
     Returns:
         uint8 [height, width, 3].
@@ -49,7 +54,7 @@ def generate(
     Raises:
         PcrExportError: as `load_exported_pipeline` does.
     """
-    model = load_exported_model(folder)
+    model = load_exported_model(folder, engine=engine)
     entry = model.entry
     entry = replace(
         entry,
@@ -61,13 +66,13 @@ def generate(
     return to_uint8(denoiser.decode(sample(denoiser, denoiser, [prompt], [seed])))[0]
 
 
-def load_exported_model(folder: Path, threads: int | None = None) -> LoadedModel:
+def load_exported_model(folder: Path, threads: int | None = None, *, engine: str | None = None) -> LoadedModel:
     """An exported folder as a model: its pipeline, and the sampling settings of its recipe (without one, its class's common ones).
 
     Raises:
         PcrExportError: as `load_exported_pipeline` does, or the recipe is damaged.
     """
-    pipeline = load_exported_pipeline(folder, threads)
+    pipeline = load_exported_pipeline(folder, threads, engine=engine)
     entry = CatalogEntry(name=folder.resolve().name, source=str(folder))
     path = folder / "recipe.json"
     if path.is_file():
@@ -84,15 +89,17 @@ def load_exported_model(folder: Path, threads: int | None = None) -> LoadedModel
     return LoadedModel(entry=filled, pipeline=pipeline)
 
 
-def load_exported_pipeline(folder: Path, threads: int | None = None) -> Pipeline:
+def load_exported_pipeline(folder: Path, threads: int | None = None, *, engine: str | None = None) -> Pipeline:
     """The diffusers pipeline of an exported folder, its networks run by onnxruntime on the CPU; no torch weights are read.
 
     Args:
         folder: with model_index.json and the ONNX of every part.
         threads: of each session; None for onnxruntime's choice.
+        engine: the target, such as "sm89", whose TensorRT engine runs the UNet on the GPU; None for onnxruntime. The text encoders
+            and the VAE stay on the CPU.
 
     Raises:
-        PcrExportError: the folder is no export, or a part of it is missing or damaged.
+        PcrExportError: the folder is no export, a part of it is missing or damaged, or the engine can't run here.
     """
     if not folder.is_dir():
         raise PcrExportError(f"{folder} is no folder: give one that an export wrote, such as engines/sdxl-w8a8")
@@ -102,7 +109,7 @@ def load_exported_pipeline(folder: Path, threads: int | None = None) -> Pipeline
             f"{folder} has no unet/model.onnx, so it is no exported folder: make one with `pcr-export {folder}`"
         )
     parts: dict[str, Any] = {
-        "unet": OnnxUnet(folder / "unet", threads),
+        "unet": OnnxUnet(folder / "unet", threads) if engine is None else TensorRtUnet(folder, engine),
         "vae": OnnxVae(folder / "vae_decoder", threads),
         "text_encoder": OnnxTextEncoder(folder / "text_encoder", threads),
         "tokenizer": _read_tokenizer(folder / "tokenizer"),
@@ -141,11 +148,16 @@ class OnnxPart(nn.Module):
         return {name: torch.from_numpy(array) for name, array in zip(self.output_names, arrays, strict=True)}
 
 
-class OnnxUnet(OnnxPart):
-    """Called as a UNet2DConditionModel is."""
+class ExportedUnet(nn.Module):
+    """Called as a UNet2DConditionModel is; `network` is called with the named inputs."""
 
-    def __init__(self, folder: Path, threads: int | None) -> None:
-        super().__init__(folder, threads)
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, network: Callable[[Inputs], Tensor]) -> None:
+        super().__init__()
+        self.config = FrozenDict(read_json(folder / "config.json"))
+        self.network = network
         # the one weight's size that StableDiffusionXLPipeline looks up
         self.add_embedding = SimpleNamespace(
             linear_1=SimpleNamespace(in_features=self.config.get("projection_class_embeddings_input_dim"))
@@ -160,7 +172,7 @@ class OnnxUnet(OnnxPart):
         added_cond_kwargs: dict[str, Tensor] | None = None,
         **_unused: Any,
     ) -> tuple[Tensor]:
-        """(noise or v, of sample's shape,)."""
+        """(noise or v, of sample's shape and on its device,)."""
         inputs = {
             "sample": sample,
             "timestep": timestep.to(torch.float32),
@@ -169,7 +181,23 @@ class OnnxUnet(OnnxPart):
         inputs |= added_cond_kwargs or {}
         if timestep_cond is not None:
             inputs["timestep_cond"] = timestep_cond
-        return (self.run(inputs)[self.output_names[0]],)
+        return (self.network(inputs).to(sample.device, sample.dtype),)
+
+
+class OnnxUnet(ExportedUnet):
+    """The UNet as an onnxruntime session."""
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        part = OnnxPart(folder, threads)
+        super().__init__(folder, lambda inputs: part.run(inputs)[part.output_names[0]])
+
+
+class TensorRtUnet(ExportedUnet):
+    """The UNet as a TensorRT engine of an exported folder; inputs and outputs may live on the CPU or on the GPU."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        engine = TensorRtEngine(find_engine(folder, target), tensorrt_onnx(folder))
+        super().__init__(folder / "unet", engine.__enter__())  # closed with the last reference to it
 
 
 class OnnxTextEncoder(OnnxPart):

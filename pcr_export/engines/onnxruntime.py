@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +10,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from pcr_export.engines.latency import Latency, measure_latency
 from pcr_export.errors import PcrExportError
 
 QUIET = 3  # onnxruntime's log level for errors
@@ -25,14 +24,6 @@ LOAD_ERRORS = (
     state.RuntimeException,
 )
 RUN_ERRORS = (state.Fail, state.InvalidArgument, state.RuntimeException, ValueError, RuntimeError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """Milliseconds of one call."""
-
-    p50: float
-    p95: float
 
 
 class OnnxRuntimeEngine:
@@ -87,17 +78,10 @@ class OnnxRuntimeEngine:
             raise PcrExportError(f"{self.path.name} does not run on these inputs: {_line(error)}") from error
 
     def latency(self, inputs: Mapping[str, np.ndarray], runs: int) -> Latency:
-        """Wall time of `runs` calls after two that warm up."""
+        """Wall time of `runs` calls after a few that warm up."""
         feed = {name: np.asarray(value) for name, value in inputs.items()}
-        for _ in range(2):
-            self.run(feed)
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            self.session.run(None, feed)
-            times.append(1000 * (time.perf_counter() - start))
-        p50, p95 = np.percentile(times, [50, 95])
-        return Latency(p50=float(p50), p95=float(p95))
+        self.run(feed)
+        return measure_latency(lambda: self.session.run(None, feed), runs)
 
 
 def _options(threads: int | None) -> onnxruntime.SessionOptions:
