@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from pcr_export.errors import PcrExportError
 Send = Callable[[Mapping[str, Any]], None]
 _WEIGHTS, _ACTIVATIONS = "Total Weights Memory: ", "Total Activation Memory: "
 _DUMPS = ("Layers:", "Engine Layer Information")
+_NO_GPU_ASIDE = "catchCudaError"
 _KEPT = (*_DUMPS, _WEIGHTS, _ACTIVATIONS)
 
 
@@ -54,7 +55,7 @@ class Log:
 
     def first_error(self) -> str:
         """The first error on one line."""
-        return " ".join(self.errors[0].split())[:400] if self.errors else "no reason given"
+        return _one_line(self.errors)
 
 
 def main() -> None:
@@ -127,11 +128,26 @@ def _parse(trt: Any, builder: Any, logger: Any, log: Log, onnx: str) -> tuple[An
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(onnx):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        reason = " ".join(errors[0].desc().split())[:400] if errors else log.first_error()
-        raise PcrExportError(f"{onnx} is not parsed: {reason}")
+        raise PcrExportError(f"{onnx} is not parsed: {_parser_error(parser) or log.first_error()}")
     _decompose_attention(trt, network)
     return network, parser
+
+
+def _parser_error(parser: Any) -> str | None:
+    if not parser.num_errors:
+        return None
+    error = parser.get_error(0)
+    # A refused operator has only the text of the failed check, "false".
+    return f"{error.node_operator()} node {error.node_name()!r}, {error.code().name}: {_one_line([error.desc()])}"
+
+
+def _one_line(messages: Sequence[str]) -> str:
+    """The first message that tells something, without the aside that this machine has no GPU."""
+    for message in messages:
+        lines = [line.strip() for line in message.splitlines() if _NO_GPU_ASIDE not in line]
+        if any(lines):
+            return " ".join(lines)[:400]
+    return "no reason given"
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:

@@ -154,7 +154,7 @@ def check_current(
     for part, was, now in pairs:
         if now is not None and was != now:
             raise PcrExportError(
-                f"{engine_path} is stale, another {part}: built for {was}, now {now}; build it again: {record.rebuild_command}"
+                f"{engine_path} is stale: built for {part} {was}, now {now}; build it again: {record.rebuild_command}"
             )
     if damage := file_damage(record, engine_path):
         raise PcrExportError(f"{engine_path} can't be used, {damage}; build it again: {record.rebuild_command}")

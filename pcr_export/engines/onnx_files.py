@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from pcr_export.errors import PcrExportError
 
@@ -19,7 +20,7 @@ def input_axes(path: Path) -> dict[str, tuple[int | str, ...]]:
     """The axes of each input: a size, or the name of a symbolic axis such as batch.
 
     Raises:
-        PcrExportError: the file is missing.
+        PcrExportError: the file is missing or damaged.
     """
     inputs = _load(path).graph.inputs
     return {
@@ -81,7 +82,10 @@ def add_file(digest: hashlib._Hash, path: Path) -> None:
 def _load(path: Path) -> ir.Model:
     if not path.is_file():
         raise PcrExportError(f"{path} does not exist: export the model first")
-    return ir.load(path)
+    try:
+        return ir.load(path)
+    except DecodeError as error:
+        raise PcrExportError(f"{path} is no ONNX file ({error}): export the model again") from error
 
 
 def _range(name: str, axis: int | str, axes: Mapping[str, Range]) -> Range:

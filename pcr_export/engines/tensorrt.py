@@ -142,15 +142,17 @@ def _run(job: Mapping[str, Any], advance: Advance) -> dict[str, Any]:
     command = [sys.executable, "-m", "pcr_export.engines.build_process"]
     paths = [str(Path(__file__).parents[2]), *(path for path in sys.path if path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    with tempfile.TemporaryFile() as errors:
-        with subprocess.Popen(
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, encoding="utf-8"
-        ) as process:
-            try:
-                _send(process, job)
-                return _follow(process, job, advance, errors)
-            finally:
-                process.kill()  # `with` closes the pipes and waits
+        ) as process,
+    ):
+        try:
+            _send(process, job)
+            return _follow(process, job, advance, errors)
+        finally:
+            process.kill()  # `with` closes the pipes and waits
 
 
 def _send(process: subprocess.Popen[str], job: Mapping[str, Any]) -> None:
