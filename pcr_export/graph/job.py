@@ -29,10 +29,24 @@ class Job:
     quantizers: int = 0  # quantized tensors; a tensor read by several layers of one site counts once
     step: ir.Value | None = None  # int64 scalar, once FindStep has run
     scale_of: dict[str, ir.Value] = field(default_factory=dict)  # site -> this step's scale, float32 [1]
-    zero_of: dict[str, ir.Value] = field(default_factory=dict)  # site -> this step's zero point, uint8 [1]
+    zero_of: dict[str, ir.Value] = field(default_factory=dict)  # site -> this step's zero point, [1]
     fineness: ir.Value | None = None  # this step's 2^(8 - bits), float32 [1], where some step is relaxed
+    shift_of: dict[str, ir.Value] = field(
+        default_factory=dict
+    )  # site -> this step's power of two near 1 / scale, float16 [1]
+    low_digit: ir.Value | None = None  # this step's 2^(8 - bits), 0 where it is not relaxed, float16 [1]
+    planes: ir.Value | None = None  # int64 [1 or 2]: the digits of this step's activations, where they share an axis
     own: set[ir.Value] = field(default_factory=set)  # initializers that the passes made
     constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = field(default_factory=dict)
+
+    def behind_step(self) -> Emitter:
+        """Puts nodes behind the one that makes the step, in front of everything that could read them."""
+        assert self.step is not None
+        nodes = iter(self.graph)
+        next(node for node in nodes if node is self.step.producer())
+        emit = Emitter(self, next(nodes), prefix="step")
+        emit.module = None
+        return emit
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """An initializer of the main graph with this content; equal small content, same initializer."""

@@ -1,4 +1,4 @@
-"""StepScales + float ONNX -> quantized ONNX in onnxruntime's dialect: the whole job."""
+"""StepScales + float ONNX -> quantized ONNX in the dialect of an engine: the whole job."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from pcr_export.errors import PcrExportError
-from pcr_export.graph.job import Job
-from pcr_export.graph.passes import ONNXRUNTIME_PASSES
+from pcr_export.graph.job import MICROSOFT, Job
+from pcr_export.graph.passes import DIALECTS
 from pcr_export.graph.weight_file import WeightFile
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
@@ -24,39 +24,43 @@ class GraphReport:
     """What the quantizing job made."""
 
     onnx_bytes: int  # model file and its external data
-    float_bytes: int  # the same of the float graph
+    float_bytes: int  # of the float graph's weights
     quantizers: int  # quantized tensors
     layers: tuple[str, ...]  # module paths of the quantized layers
     rewrites: dict[str, int]  # pass -> places that it rewrote
 
 
-def quantize_onnx(float_path: Path, scales: StepScales, layers: Sequence[Layer], out_path: Path) -> GraphReport:
+def quantize_onnx(
+    source: Path | ir.Model, scales: StepScales, layers: Sequence[Layer], out_path: Path, dialect: str = "onnxruntime"
+) -> GraphReport:
     """Write the integer form of the float graph to `out_path`, its external data beside it in `<out_path>_data`.
 
-    The result has the float graph's inputs and output. Weights are read from the mapped float file and written one layer
-    at a time. Same input, same bytes.
+    The result has the float graph's inputs and output. Weights are read and written one layer at a time. Same input, same bytes.
 
     Args:
-        float_path: what `export_float_onnx` wrote.
+        source: what `export_float_onnx` wrote, or what `trace_float_onnx` returned, of which nothing is changed.
         scales: the activation quantizers; their layers are quantized to int8 weights per output channel, to nearest.
         layers: every Linear and Conv2d of the network; one with a reason stays float.
         out_path: the model file to write.
+        dialect: "onnxruntime" (integer products of uint8 and int8) or "tensorrt" (Q/DQ around float16 operators).
 
     Raises:
         PcrExportError: the float file is unreadable, no layer is quantized, or a layer of `scales` is not in the graph.
     """
     _check_layers(scales, layers)
-    model = _load(float_path)
+    model = _load(source) if isinstance(source, Path) else source.clone()
+    float_bytes = _bytes(source) if isinstance(source, Path) else _weight_bytes(model)
     with WeightFile(out_path) as weights:
         job = Job(graph=model.graph, scales=scales, timestep=_timestep(model.graph), weights=weights)
-        rewrites = {each.__name__: each().apply(job) for each in ONNXRUNTIME_PASSES}
+        rewrites = {each.__name__: each().apply(job) for each in DIALECTS[dialect]}
         _move_weights(job)
-        model.graph.opset_imports["com.microsoft"] = 1
+        if dialect == "onnxruntime":
+            model.graph.opset_imports[MICROSOFT] = 1
         model.ir_version = IR_VERSION
         weights.commit(model)
     return GraphReport(
         onnx_bytes=_bytes(out_path),
-        float_bytes=_bytes(float_path),
+        float_bytes=float_bytes,
         quantizers=job.quantizers,
         layers=tuple(sorted(scales.layers)),
         rewrites=rewrites,
@@ -106,6 +110,11 @@ def _move_weights(job: Job) -> None:
             value.const_value = job.weights.store(tensor.numpy(), name)
             if isinstance(tensor, ir.ExternalTensor):
                 tensor.release()
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _bytes(path: Path) -> int:

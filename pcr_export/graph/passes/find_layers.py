@@ -79,6 +79,7 @@ class FindLayers:
         emit = Emitter(job, last, prefix=str(attributes["layer"]))
         shape = last.outputs[0].shape
         new = emit(op, inputs, attributes, domain=DOMAIN, shape=None if shape is None else list(shape))
+        new.type = last.outputs[0].type
         replace_value(last.outputs[0], new)
         assert last.graph is not None
         last.graph.remove([last] if first is last else [last, first], safe=True)
