@@ -6,56 +6,37 @@ line to its standard output: {"percent": …} as it goes, and at the end {"resul
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pcr_export.engines.builder_callbacks import (
+    ACTIVATIONS,
+    WEIGHTS,
+    Log,
+    Send,
+    Sink,
+    logger,
+    monitor,
+    one_line,
+    writer,
+)
 from pcr_export.engines.flavours import Flavour, load_flavour
 from pcr_export.engines.layer_dump import (
     HOST_JUMPS,
     POINTWISE,
     Kernel,
     count_kernels,
-    parse_dump,
     parse_inspector,
     prove_int8,
 )
 from pcr_export.errors import PcrExportError
-
-Send = Callable[[Mapping[str, Any]], None]
-_WEIGHTS, _ACTIVATIONS = "Total Weights Memory: ", "Total Activation Memory: "
-_DUMPS = ("Layers:", "Engine Layer Information")
-_NO_GPU_ASIDE = "catchCudaError"
-_KEPT = (*_DUMPS, _WEIGHTS, _ACTIVATIONS)
-
-
-@dataclass
-class Log:
-    """What is kept of a builder's 10^5 messages."""
-
-    errors: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-
-    def bytes_of(self, label: str) -> int | None:
-        """The number in the last message that starts with `label`."""
-        found = [re.match(r"\d+", message.removeprefix(label)) for message in self.kept if message.startswith(label)]
-        return int(found[-1][0]) if found and found[-1] else None
-
-    def kernels(self) -> list[Kernel]:
-        """The kernels in all layer dumps, one dump per optimization profile."""
-        return [kernel for message in self.kept if message.startswith(_DUMPS) for kernel in parse_dump(message)]
-
-    def first_error(self) -> str:
-        """The first error on one line."""
-        return _one_line(self.errors)
 
 
 def main() -> None:
@@ -72,6 +53,8 @@ def main() -> None:
         send({"result": build(json.load(sys.stdin), send)})
     except PcrExportError as error:
         send({"error": str(error)})
+    except OSError as error:
+        send({"error": f"the engine can't be built here: {error}"})
 
 
 def build(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
@@ -85,19 +68,21 @@ def build(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         PcrExportError: the parser or the builder refuses; its first error.
     """
     flavour, log = load_flavour(job["flavour"]), Log()
-    trt, logger = flavour.module, _logger(flavour.module, log)
+    trt = flavour.module
+    listener = logger(trt, log)
     started = time.perf_counter()
-    builder = trt.Builder(logger)
-    network, parser = _parse(trt, builder, logger, log, job["onnx"])
+    builder = trt.Builder(listener)
+    network, parser = _parse(trt, builder, listener, log, job["onnx"])
     parsed = time.perf_counter()
     config = _configure(flavour, builder, network, job)
-    config.progress_monitor = monitor = _monitor(trt, send)
+    progress = monitor(trt, send)
+    config.progress_monitor = progress
     size, sha256 = _write(trt, builder, network, config, log, job)
     built = time.perf_counter()
-    del monitor, parser
+    del progress, parser  # the library borrows both until here
     if job["timing_cache"]:
-        _save_timing_cache(config, Path(job["timing_cache"]))
-    kernels = log.kernels() or _inspect(trt, logger, job)
+        save_timing_cache(config, Path(job["timing_cache"]))
+    kernels = log.kernels() or _inspect(trt, listener, job)
     return {
         "version": flavour.version,
         "engine_bytes": size,
@@ -106,8 +91,8 @@ def build(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "pointwise_kernels": sum(kernel.kind == POINTWISE for kernel in kernels),
         "kernel_table": count_kernels(kernels),
         "data_dependent": any(kernel.kind in HOST_JUMPS for kernel in kernels),
-        "weight_bytes": log.bytes_of(_WEIGHTS),
-        "activation_bytes": log.bytes_of(_ACTIVATIONS),
+        "weight_bytes": log.bytes_of(WEIGHTS),
+        "activation_bytes": log.bytes_of(ACTIVATIONS),
         "parse_seconds": round(parsed - started, 3),
         "build_seconds": round(built - parsed, 3),
         "peak_bytes": peak_bytes(),
@@ -122,11 +107,11 @@ def peak_bytes() -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def _parse(trt: Any, builder: Any, logger: Any, log: Log, onnx: str) -> tuple[Any, Any]:
+def _parse(trt: Any, builder: Any, listener: Any, log: Log, onnx: str) -> tuple[Any, Any]:
     """The network and the parser, which owns its weights."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # needed on 10, ignored on 11
     network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, listener)
     if not parser.parse_from_file(onnx):
         raise PcrExportError(f"{onnx} is not parsed: {_parser_error(parser) or log.first_error()}")
     _decompose_attention(trt, network)
@@ -138,16 +123,7 @@ def _parser_error(parser: Any) -> str | None:
         return None
     error = parser.get_error(0)
     # A refused operator has only the text of the failed check, "false".
-    return f"{error.node_operator()} node {error.node_name()!r}, {error.code().name}: {_one_line([error.desc()])}"
-
-
-def _one_line(messages: Sequence[str]) -> str:
-    """The first message that tells something, without the aside that this machine has no GPU."""
-    for message in messages:
-        lines = [line.strip() for line in message.splitlines() if _NO_GPU_ASIDE not in line]
-        if any(lines):
-            return " ".join(lines)[:400]
-    return "no reason given"
+    return f"{error.node_operator()} node {error.node_name()!r}, {error.code().name}: {one_line([error.desc()])}"
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:
@@ -175,8 +151,7 @@ def _configure(flavour: Flavour, builder: Any, network: Any, job: Mapping[str, A
             profile.set_shape(tensor.name, *(tuple(shape) for shape in job["inputs"][tensor.name]))
     config.add_optimization_profile(profile)
     if job["timing_cache"]:
-        cache = Path(job["timing_cache"])
-        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+        load_timing_cache(config, Path(job["timing_cache"]))
     return config
 
 
@@ -185,7 +160,7 @@ def _write(trt: Any, builder: Any, network: Any, config: Any, log: Log, job: Map
     with Path(job["engine"]).open("wb") as file:
         sink = Sink(file.write)
         if job["stream"] and hasattr(builder, "build_serialized_network_to_stream"):
-            done = builder.build_serialized_network_to_stream(network, config, _writer(trt, sink))
+            done = builder.build_serialized_network_to_stream(network, config, writer(trt, sink))
         else:
             engine = builder.build_serialized_network(network, config)
             done = engine is not None and sink.take(memoryview(engine)) > 0
@@ -196,112 +171,29 @@ def _write(trt: Any, builder: Any, network: Any, config: Any, log: Log, job: Map
     return sink.size, sink.sha256.hexdigest()
 
 
-class Sink:
-    """Counts and hashes what it writes. The library swallows exceptions, so an error is kept for later."""
-
-    def __init__(self, write: Callable[[Any], int]) -> None:
-        self._write = write
-        self.size = 0
-        self.sha256 = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def take(self, data: Any) -> int:
-        """Write one chunk; the number of bytes written, 0 after an error."""
-        try:
-            self._write(data)
-        except OSError as error:
-            self.error = error
-            return 0
-        self.sha256.update(data)
-        self.size += len(data)
-        return len(data)
+def load_timing_cache(config: Any, path: Path) -> None:
+    """Give the builder the tactics measured before; a cache that is missing, damaged or of another GPU becomes an empty one."""
+    known = [path.read_bytes()] if path.is_file() else []
+    for content in (*known, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
 
 
-def _writer(trt: Any, sink: Sink) -> Any:
-    class Writer(trt.IStreamWriter):
-        def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
-
-        def write(self, data: Any, *_size: int) -> int:
-            return sink.take(data)
-
-    return Writer()
-
-
-def _logger(trt: Any, log: Log) -> Any:
-    worst = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if message.startswith(_KEPT):
-                log.kept.append(message)
-            elif severity in worst:
-                log.errors.append(message)
-
-    return Logger()
-
-
-def _monitor(trt: Any, send: Send) -> Any:
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self._phases = Phases()
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self._phases.start(phase, steps)
-
-        def phase_finish(self, phase: str) -> None:
-            self._phases.finish(phase)
-
-        def step_complete(self, phase: str, _step: int) -> bool:
-            before, now = self._phases.percent, self._phases.step(phase)
-            if now > before:
-                send({"percent": now})
-            return True
-
-    return Monitor()
-
-
-class Phases:
-    """Percent of a build from its nested phases: a step of an inner phase is a share of the step around it."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, list[int]] = {}  # phase -> [steps done, steps], outermost first
-        self.percent = 0
-
-    def start(self, phase: str, steps: int) -> None:
-        """A phase begins inside those that are open."""
-        self._open[phase] = [0, max(steps, 1)]
-
-    def finish(self, phase: str) -> None:
-        """A phase ends."""
-        self._open.pop(phase, None)
-
-    def step(self, phase: str) -> int:
-        """One step of `phase` is done; the percent of the whole, which never falls."""
-        if phase in self._open:
-            self._open[phase][0] += 1
-        done, share = 0.0, 1.0
-        for steps_done, steps in self._open.values():
-            done += share * min(steps_done, steps) / steps
-            share /= steps
-        self.percent = max(self.percent, min(int(100 * done), 100))
-        return self.percent
-
-
-def _save_timing_cache(config: Any, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+def save_timing_cache(config: Any, path: Path) -> None:
+    """Write what the builder measured, through a temporary name."""
+    cache = config.get_timing_cache()
+    if cache is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(memoryview(cache.serialize()))
     os.replace(temporary, path)
 
 
-def _inspect(trt: Any, logger: Any, job: Mapping[str, Any]) -> list[Kernel]:
+def _inspect(trt: Any, listener: Any, job: Mapping[str, Any]) -> list[Kernel]:
     """The kernels of the built engine by its inspector, at the optimum shapes: for a GPU host whose builder dumps none."""
-    engine = trt.Runtime(logger).deserialize_cuda_engine(Path(job["engine"]).read_bytes())
+    engine = trt.Runtime(listener).deserialize_cuda_engine(Path(job["engine"]).read_bytes())
     if engine is None:
         return []
     context, inspector = engine.create_execution_context(), engine.create_engine_inspector()

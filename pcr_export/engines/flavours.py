@@ -47,7 +47,8 @@ def load_flavour(name: str) -> Flavour:
         raise PcrExportError(message) from error
     except (ImportError, OSError) as error:
         raise PcrExportError(f"{name} does not load ({error}): install it again") from error
-    members = getattr(getattr(module, "ComputeCapability", None), "__members__", {})
+    ahead_of_time = getattr(module, "ComputeCapability", None) if name == "tensorrt-rtx" else None
+    members = getattr(ahead_of_time, "__members__", {})
     targets = tuple(member.lower() for member in members if member.startswith("SM") and member != "SM75")
     return Flavour(name=name, module=module, version=module.__version__, targets=targets)
 

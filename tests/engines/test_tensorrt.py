@@ -12,8 +12,9 @@ import onnx_ir as ir
 import pytest
 from engines.small_qdq import LAYERS, save_small_graph
 
-from pcr_export.engines.build_process import Phases, Sink
+from pcr_export.engines.build_process import load_timing_cache, save_timing_cache
 from pcr_export.engines.build_request import BuildRequest, trtexec_line
+from pcr_export.engines.builder_callbacks import Phases, Sink
 from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.engines.flavours import Flavour, check_targets, compute_capability, load_flavour, resolve_targets
 from pcr_export.engines.tensorrt import build_engine, current_engine
@@ -173,6 +174,23 @@ def test_what_can_not_be_written_is_told() -> None:
     sink = Sink(full)
     assert sink.take(b"abc") == 0
     assert str(sink.error) == "no space left"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("content", [None, b"", b"no cache"])
+def test_a_timing_cache_is_read_and_written(tmp_path: Path, content: bytes | None) -> None:
+    """TensorRT-RTX keeps the calls and stores nothing; they are TensorRT's."""
+    trt = load_flavour("tensorrt-rtx").module
+    config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
+    path = tmp_path / "caches" / "sm89"
+    if content is not None:
+        path.parent.mkdir()
+        path.write_bytes(content)
+    load_timing_cache(config, path)
+    assert config.get_timing_cache() is not None
+    save_timing_cache(config, path)
+    assert path.stat().st_size > len(content or b"")
+    assert os.listdir(path.parent) == ["sm89"]
 
 
 def test_percent_grows_through_nested_phases() -> None:
