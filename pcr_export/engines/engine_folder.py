@@ -34,3 +34,9 @@ def find_engine(folder: Path, target: str) -> Path:
             f"export again with --backend tensorrt-rtx --target {target}"
         )
     return path
+
+
+def float_engine(path: Path) -> Path | None:
+    """The engine without quantization beside the engine `path`, sm89-fp16.engine beside sm89.engine; None where there is none."""
+    other = path.with_name(f"{path.stem}{FLOAT_SUFFIX}.engine")
+    return other if other.is_file() else None
