@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pcr_export import __version__
+from pcr_export.engine_settings import BACKENDS, EngineSettings
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Advance
 from pcr_export.recipe import RANGES, SCHEMES, Recipe
@@ -64,8 +65,15 @@ def export(
     bits: Annotated[str, typer.Option(help="bits of weights and activations")] = "w8a8",
     steps: Annotated[int | None, typer.Option(help="denoising steps [default: the model's]")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="[default: the model's]")] = None,
-    height: Annotated[int | None, typer.Option(help="pixels [default: the model's]")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels [default: the model's]")] = None,
+    height: Annotated[str | None, typer.Option(help="pixels, or MIN:OPT:MAX [default: the model's]")] = None,
+    width: Annotated[str | None, typer.Option(help="pixels, or MIN:OPT:MAX [default: the model's]")] = None,
+    backend: Annotated[str, typer.Option(help=f"engines: {', '.join(BACKENDS)}")] = EngineSettings.backend,
+    target: Annotated[str | None, typer.Option(help="GPUs of the engines, e.g. sm86,sm89,sm120")] = None,
+    batch: Annotated[str, typer.Option(help="images per call of the engines, or MIN:OPT:MAX")] = "1",
+    allow_float_fallback: Annotated[
+        bool, typer.Option("--allow-float-fallback", help="keep an engine with layers that are not INT8")
+    ] = EngineSettings.allow_float_fallback,
+    onnx_only: Annotated[bool, typer.Option("--onnx-only", help="write graphs and build commands, no engine")] = False,
     calib_size: Annotated[int, typer.Option(help="calibration prompts (not batches)")] = Recipe.calib_size,
     calib_batch: Annotated[int | None, typer.Option(help="prompts per UNet call [default: by picture size]")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="calibration prompts, one a line")] = None,

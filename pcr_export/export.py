@@ -1,7 +1,8 @@
-"""The whole job on one screen: load -> calibrate -> graph -> package -> validate -> report."""
+"""The whole job on one screen: load -> calibrate -> graph -> engines -> package -> validate -> report."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import resource
 import shutil
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,10 +18,13 @@ from pcr_export import __version__
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
 from pcr_export.calibrate.state import CalibrationState
+from pcr_export.engine_settings import EngineSettings
+from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
+from pcr_export.export_engines import EngineJob, make_engines, measure_on_this_gpu
 from pcr_export.graph.quantize import quantize_onnx
-from pcr_export.graph.to_onnx import export_float_onnx
+from pcr_export.graph.to_onnx import save_model, trace_float_onnx
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds
@@ -31,9 +35,13 @@ from pcr_export.sites import Layer
 from pcr_export.stages import Facts, Key, Stages, key_hash, write_json, write_text
 from pcr_export.step_scales import StepScales, read_step_scales, write_step_scales
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 FIDELITY_PROMPTS = 16
 FIDELITY_PIXELS = 2**18  # prompts, times height and width
 LATENCY_RUNS = 10
+EXAMPLE_CONDITIONS = 2  # of the call that the network is traced with: a batch that may vary is larger than 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,7 @@ class Job:
     conditions: Sequence[Any]  # the calibration set: prompts, or what the denoiser's walk takes
     folder: Path
     seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' text and the recipe's seed
+    engines: EngineSettings = field(default_factory=EngineSettings)
     walk_key: Key = field(default_factory=dict)  # hashes of what the walk depends on besides the network and the recipe
     resume: bool = True
     validate: bool = True
@@ -65,6 +74,8 @@ class Exported:
     key: Key  # of the quantized graph
     calibration: Facts
     graph: Facts
+    engines: list[Facts]  # of TensorRT
+    float_graph: Callable[[], ir.Model]  # traced where it is first needed
 
 
 def export_denoiser(job: Job) -> dict[str, Any]:
@@ -83,7 +94,7 @@ def quantize_denoiser(job: Job) -> Exported:
     folder, stages = job.folder, Stages(job.folder / ".stages", resume=job.resume, log=job.log)
     make_folder(folder)
     seeds = job.noise_seeds()
-    example = next(job.denoiser.walk([*job.conditions[:1], *job.conditions[:1]], [*seeds[:1], *seeds[:1]]))
+    example = next(job.denoiser.walk([job.conditions[0]] * EXAMPLE_CONDITIONS, [seeds[0]] * EXAMPLE_CONDITIONS))
     layers = find_layers(job.denoiser, example, job.recipe.skip)
     weights = {"weights": hash_weights(job.denoiser.network), "version": __version__, "torch": torch.__version__}
     calibration_key = {
@@ -95,17 +106,43 @@ def quantize_denoiser(job: Job) -> Exported:
         ),
     }
     scales_path, graph_path = folder / "step_scales.safetensors", folder / "unet" / "model.onnx"
-    float_path = stages.folder / "float" / "model.onnx"
     write_text(folder / "recipe.json", job.recipe.to_json())
     calibration = stages.run(
         "calibrate", calibration_key, [scales_path], lambda: _calibrate(job, layers, calibration_key, scales_path)
     )
-    stages.run("float", weights, [float_path], lambda: _export_float(job, example, float_path))
+    float_graph = functools.cache(lambda: _trace(job, example))
     graph_key = {**calibration_key, "scales": hash_file(scales_path)}
-    graph = stages.run(
-        "quantize", graph_key, [graph_path], lambda: _quantize(job, layers, float_path, scales_path, graph_path)
+
+    def lower(dialect: str, path: Path) -> Facts:
+        return _quantize(job, layers, float_graph(), scales_path, path, dialect)
+
+    graph = stages.run("quantize", graph_key, [graph_path], lambda: lower("onnxruntime", graph_path))
+    engines: list[Facts] = []
+    if job.engines.wants_tensorrt:
+        path = tensorrt_onnx(folder)
+        stages.run("quantize-tensorrt", graph_key, [path], lambda: lower("tensorrt", path))
+        engines = _make_engines(job, layers, example, float_graph)
+    return Exported(layers, stages, graph_key, calibration, graph, engines, float_graph)
+
+
+def _make_engines(job: Job, layers: list[Layer], example: Inputs, float_graph: Callable[[], ir.Model]) -> list[Facts]:
+    """Build the engines and, where this machine's GPU is one that they are for, measure them on it."""
+    sizes = {
+        axis_name: example[name].shape[axis]
+        for name, axes in job.denoiser.dynamic_axes.items()
+        for axis, axis_name in axes.items()
+    }
+    engine_job = EngineJob(
+        settings=job.engines,
+        folder=job.folder,
+        axes=job.engines.axes(sizes, {"height": job.recipe.height, "width": job.recipe.width}, EXAMPLE_CONDITIONS),
+        layers=tuple(layer.name for layer in layers if layer.site is not None),
+        track=job.track,
+        log=job.log,
     )
-    return Exported(layers, stages, graph_key, calibration, graph)
+    engines = make_engines(engine_job)
+    measured = measure_on_this_gpu(engine_job, float_graph) if job.validate else {}
+    return [{**facts, **(measured if facts["target"] == measured.get("target") else {})} for facts in engines]
 
 
 def _calibrate(job: Job, layers: list[Layer], key: Key, path: Path) -> Facts:
@@ -131,18 +168,18 @@ def _calibrate(job: Job, layers: list[Layer], key: Key, path: Path) -> Facts:
     }
 
 
-def _export_float(job: Job, example: Inputs, path: Path) -> Facts:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with job.track("exporting the float graph", 1) as advance:
-        export_float_onnx(job.denoiser, example, path)
+def _trace(job: Job, example: Inputs) -> ir.Model:
+    with job.track("tracing the float graph", 1) as advance:
+        model = trace_float_onnx(job.denoiser, example)
         advance(1)
-    return {}
+    return model
 
 
-def _quantize(job: Job, layers: list[Layer], float_path: Path, scales_path: Path, path: Path) -> Facts:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with job.track("quantizing the graph", 1) as advance:
-        facts = asdict(quantize_onnx(float_path, read_step_scales(scales_path), layers, path))
+def _quantize(
+    job: Job, layers: list[Layer], float_graph: ir.Model, scales_path: Path, path: Path, dialect: str
+) -> Facts:
+    with job.track(f"quantizing the graph for {dialect}", 1) as advance:
+        facts = asdict(quantize_onnx(float_graph, read_step_scales(scales_path), layers, path, dialect))
         advance(1)
     del facts["layers"]  # the report lists every layer under sites
     return facts
@@ -187,6 +224,7 @@ def _time_engines(
     inputs = {name: x.numpy() for name, x in next(job.denoiser.walk(conditions, seeds)).items()}
     threads = torch.get_num_threads()
     quantized, floating = job.folder / "unet" / "model.onnx", exported.stages.folder / "float" / "model.onnx"
+    save_model(exported.float_graph(), floating)
     plain, relaxed = scales.timesteps[scales.bits == scales.bits.min()], scales.timesteps[scales.bits > 8]
     runs = [
         ("latency_ms", quantized, plain),
@@ -210,7 +248,12 @@ def _time_engines(
 def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
     """Write report.json, then refuse an artifact below the recipe's floor."""
     report = make_report(
-        job.recipe, exported.layers, calibration=exported.calibration, graph=exported.graph, validation=validation
+        job.recipe,
+        exported.layers,
+        calibration=exported.calibration,
+        graph=exported.graph,
+        engines=[*validation.get("engines", []), *exported.engines],
+        validation=validation,
     )
     write_json(job.folder / "report.json", report)
     worst = [value for value in (report["fidelity"] or {}).get("per_step", []) if value is not None]

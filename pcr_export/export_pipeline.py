@@ -12,6 +12,7 @@ import torch
 
 from pcr_export.deploy.folder import write_pipeline_folder, written_files
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.engines.tensorrt import check_targets
 from pcr_export.export import (
     Exported,
     Job,
@@ -61,12 +62,16 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
 
 def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], None]) -> dict[str, Any]:
     """The main job from a checked request to its report. Raises PcrExportError for everything that a person can mend."""
+    engines = request.engines()
+    if engines.wants_tensorrt and engines.build:
+        check_targets(engines.backend, engines.targets)
     make_folder(request.folder())
     model = load_model(request.entry())
     calibration, evaluation = request.prompt_sets()
     recipe = request.recipe(model.entry, len(calibration))
     job = replace(
         pipeline_job(model, recipe, calibration, request.folder()),
+        engines=engines,
         resume=request.resume,
         validate=request.validate,
         track=track,

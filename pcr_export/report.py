@@ -11,7 +11,19 @@ from pcr_export.recipe import Recipe
 from pcr_export.sites import Layer
 
 FORMAT = 1
-PACKAGES = ("pcr-export", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+PACKAGES = (
+    "pcr-export",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "tensorrt_rtx",
+    "tensorrt",
+)
 
 Facts = Mapping[str, Any]
 
@@ -44,7 +56,13 @@ def site_rows(layers: Sequence[Layer], recipe: Recipe, sqnr_db: Mapping[str, flo
 
 
 def make_report(
-    recipe: Recipe, layers: Sequence[Layer], *, calibration: Facts, graph: Facts, validation: Facts
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    *,
+    calibration: Facts,
+    graph: Facts,
+    engines: Sequence[Facts],
+    validation: Facts,
 ) -> dict[str, Any]:
     """The whole report. `validation` is empty where validation was not asked for."""
     fidelity = dict(validation.get("fidelity", {}))
@@ -57,7 +75,7 @@ def make_report(
         "calibration": dict(calibration),
         "sites": site_rows(layers, recipe, site_sqnr),
         "graph": dict(graph),
-        "engines": list(validation.get("engines", [])),
+        "engines": list(engines),
         "fidelity": fidelity or None,
         "quality": validation.get("quality"),
     }
@@ -78,15 +96,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("UNet file", f"{graph['onnx_bytes'] / 2**20:.1f} MiB (float {graph['float_bytes'] / 2**20:.1f} MiB)"),
     ]
     for engine in report["engines"]:
-        quantized, floating = engine["latency_ms"]["p50"], engine["float_latency_ms"]["p50"]
-        relaxed = f", relaxed step {engine['relaxed_latency_ms']['p50']:.1f}" if "relaxed_latency_ms" in engine else ""
-        where = f"batch {engine['batch']}, {engine['threads']} threads"
-        rows.append(
-            (
-                f"{engine['backend']} ms",
-                f"{quantized:.1f}{relaxed}, FP32 {floating:.1f}: {engine['speedup']:.2f}x ({where})",
-            )
-        )
+        rows.extend(_onnxruntime_rows(engine) if engine["backend"] == "onnxruntime" else _tensorrt_rows(engine))
     if report["fidelity"]:
         fidelity = report["fidelity"]
         worst = min(fidelity["per_step"], default=None, key=_sortable)
@@ -98,6 +108,30 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     if report["quality"]:
         rows.extend(_quality_rows(report["quality"]))
+    return rows
+
+
+def _onnxruntime_rows(engine: Facts) -> list[tuple[str, str]]:
+    quantized, floating = engine["latency_ms"]["p50"], engine["float_latency_ms"]["p50"]
+    relaxed = f", relaxed step {engine['relaxed_latency_ms']['p50']:.1f}" if "relaxed_latency_ms" in engine else ""
+    where = f"batch {engine['batch']}, {engine['threads']} threads"
+    return [("onnxruntime ms", f"{quantized:.1f}{relaxed}, FP32 {floating:.1f}: {engine['speedup']:.2f}x ({where})")]
+
+
+def _tensorrt_rows(engine: Facts) -> list[tuple[str, str]]:
+    floats = f", {len(engine['float_layers'])} FLOAT" if engine["float_layers"] else ""
+    ran = "run on this GPU" if "int8_ms" in engine else "built, not run"
+    rows = [
+        (
+            f"{engine['backend']} {engine['target']}",
+            f"{engine['file']}, {engine['int8_layers']} layers INT8{floats}, {engine['engine_bytes'] / 2**20:.1f} MiB; {ran}",
+        )
+    ]
+    if "int8_ms" in engine:
+        against = f", FP16 {engine['fp16_ms']['p50']:.2f}: {engine['speedup']:.2f}x" if "fp16_ms" in engine else ""
+        rows.append((f"{engine['target']} ms", f"{engine['mean_ms']:.2f} (mean over the steps){against}"))
+    if "warning" in engine:
+        rows.append(("warning", engine["warning"]))
     return rows
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pcr_export.engine_settings import EngineSettings, parse_range
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, resolve
 from pcr_export.prompts import packaged_prompts, read_prompts
@@ -26,8 +28,13 @@ class ExportRequest:
     bits: str
     steps: int | None
     guidance_scale: float | None
-    height: int | None
-    width: int | None
+    height: str | None  # pixels, or MIN:OPT:MAX of the engines; calibrated at OPT
+    width: str | None
+    backend: str
+    target: str | None  # GPUs, separated by commas
+    batch: str  # images per call, or MIN:OPT:MAX
+    allow_float_fallback: bool
+    onnx_only: bool
     calib_size: int
     calib_batch: int | None
     prompts_file: Path | None
@@ -49,10 +56,28 @@ class ExportRequest:
         asked: dict[str, Any] = {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
-            "height": self.height,
-            "width": self.width,
+            "height": parse_range("--height", self.height)[1] if self.height else None,
+            "width": parse_range("--width", self.width)[1] if self.width else None,
         }
         return replace(resolve(self.model), **{name: value for name, value in asked.items() if value is not None})
+
+    def engines(self) -> EngineSettings:
+        """The engines that were asked for."""
+        targets = tuple(dict.fromkeys(part.strip().lower() for part in (self.target or "").split(",") if part.strip()))
+        words = ["pcr-export", self.model, "--bits", self.bits, "--out", str(self.out), "--backend", self.backend]
+        for flag in ("target", "batch", "height", "width"):
+            value = getattr(self, flag)
+            words += [f"--{flag}", value] if value else []
+        return EngineSettings(
+            backend=self.backend,
+            targets=targets,
+            batch=parse_range("--batch", self.batch),
+            height=parse_range("--height", self.height) if self.height else None,
+            width=parse_range("--width", self.width) if self.width else None,
+            allow_float_fallback=self.allow_float_fallback,
+            build=not self.onnx_only,
+            rebuild_command=shlex.join(words),
+        )
 
     def folder(self) -> Path:
         """The output folder, NAME-wXaY."""
@@ -69,6 +94,7 @@ class ExportRequest:
     def check(self) -> None:
         """Raise PcrExportError for everything that can be refused before a model is loaded."""
         entry = self.entry()
+        self.engines()
         self.recipe(
             replace(
                 entry,
@@ -125,10 +151,14 @@ class ExportRequest:
         return [
             *rows,
             ("calibration prompts", f"{min(self.calib_size, len(calibration))} of {len(calibration)}"),
+            ("backend", f"{self.backend}{f' for {self.target}' if self.target else ''}"),
             ("validation prompts", f"of {len(evaluation)}" if self.validate else "no validation"),
             (
                 "stages",
-                "calibrate, float ONNX, quantize, package" + (", validate, images, quality" if self.validate else ""),
+                "calibrate, quantize"
+                + (", engines" if self.engines().wants_tensorrt else "")
+                + ", package"
+                + (", validate, images, quality" if self.validate else ""),
             ),
             ("output", str(self.folder())),
         ]

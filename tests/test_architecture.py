@@ -42,11 +42,12 @@ ROWS = [
     ("cli.py", "__main__.py"),
     ("export_pipeline.py",),
     ("export.py",),
+    ("export_engines.py",),
     ("qdiffbench/", "deploy/"),
     ("calibrate/", "graph/", "engines/", "request.py"),
     ("models/",),
     ("report.py", "stages.py", "prompts.py"),
-    ("recipe.py",),
+    ("recipe.py", "engine_settings.py"),
     ("relaxed_steps.py", "step_scales.py", "sites.py", "progress.py"),
     ("errors.py", "__init__.py"),
 ]

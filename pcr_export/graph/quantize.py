@@ -6,17 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import MICROSOFT, Job
-from pcr_export.graph.passes import DIALECTS
+from pcr_export.graph.passes import DIALECTS, HALF_PASSES
 from pcr_export.graph.weight_file import WeightFile
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
 
 IR_VERSION = 10
+NOTHING_QUANTIZED = StepScales(
+    scale=np.zeros((1, 0), np.float32),
+    zero_point=np.zeros((1, 0), np.uint8),
+    bits=np.array([8], np.uint8),
+    timesteps=np.zeros(1, np.float32),
+    sites=(),
+    layers={},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +74,26 @@ def quantize_onnx(
         layers=tuple(sorted(scales.layers)),
         rewrites=rewrites,
     )
+
+
+def write_half_onnx(source: Path | ir.Model, out_path: Path) -> None:
+    """Write the float graph in float16, with nothing quantized: what an INT8 engine is timed against.
+
+    Args:
+        source: as in `quantize_onnx`.
+        out_path: the model file to write; its external data goes beside it.
+
+    Raises:
+        PcrExportError: the float file is unreadable, or a constant lies beyond float16.
+    """
+    model = _load(source) if isinstance(source, Path) else source.clone()
+    with WeightFile(out_path) as weights:
+        job = Job(graph=model.graph, scales=NOTHING_QUANTIZED, timestep=_timestep(model.graph), weights=weights)
+        for each in HALF_PASSES:
+            each().apply(job)
+        _move_weights(job)
+        model.ir_version = IR_VERSION
+        weights.commit(model)
 
 
 def _check_layers(scales: StepScales, layers: Sequence[Layer]) -> None:

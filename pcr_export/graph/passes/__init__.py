@@ -45,4 +45,6 @@ TENSORRT_PASSES: tuple[type[Pass], ...] = (
     Tidy,
 )
 
+HALF_PASSES: tuple[type[Pass], ...] = (ToHalf, Tidy)
+
 DIALECTS = {"onnxruntime": ONNXRUNTIME_PASSES, "tensorrt": TENSORRT_PASSES}

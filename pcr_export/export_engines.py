@@ -1,0 +1,132 @@
+"""TensorRT engines of an export: its dialect of the graph, an engine per target, and what each turned out to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pcr_export.engine_settings import EngineSettings, Range
+from pcr_export.engines.engine_folder import FLOAT_SUFFIX, tensorrt_onnx
+from pcr_export.engines.tensorrt import (
+    BuildRequest,
+    EngineRecord,
+    build_engine,
+    check_targets,
+    current_engine,
+    gpu_target,
+    trtexec_line,
+)
+from pcr_export.graph.quantize import write_half_onnx
+from pcr_export.progress import Track
+from pcr_export.stages import Facts, write_text
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+COMMANDS = "build_commands.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineJob:
+    """The engines of one quantized graph."""
+
+    settings: EngineSettings
+    folder: Path  # the export's
+    axes: Mapping[str, Range]  # of the graph's inputs
+    layers: tuple[str, ...]  # that must run in INT8
+    track: Track
+    log: Callable[[str], None]
+
+    def request(self, target: str) -> BuildRequest:
+        """What is built for `target`."""
+        return BuildRequest(
+            onnx_path=tensorrt_onnx(self.folder),
+            engine_path=self.folder / "unet" / f"{target}.engine",
+            flavour=self.settings.backend,
+            target=target,
+            axes=self.axes,
+            layers=self.layers,
+            allow_float_fallback=self.settings.allow_float_fallback,
+            timing_cache=self.folder / "unet" / "tensorrt" / f"{target}.timing_cache",
+            rebuild_command=self.settings.rebuild_command,
+        )
+
+
+def make_engines(job: EngineJob) -> list[Facts]:
+    """Build the engines that are not there yet, or not as they should be; with build=False only write down how.
+
+    Returns one entry of the report per engine. Raises PcrExportError as `build_engine` does; engines built before stay.
+    """
+    settings = job.settings
+    targets = check_targets(settings.backend, settings.targets) if settings.build else settings.targets or ("current",)
+    requests = [job.request(target) for target in targets]
+    lines = [trtexec_line(request) for request in requests]
+    write_text(tensorrt_onnx(job.folder).with_name(COMMANDS), "\n".join(lines) + "\n")
+    for line in lines:
+        job.log(line)
+    if not settings.build:
+        return []
+    return [_facts(_build(job, request), request) for request in requests]
+
+
+def measure_on_this_gpu(job: EngineJob, float_graph: Callable[[], ir.Model]) -> Facts:
+    """What the engine for this machine's GPU computes and how fast, beside the network without quantization in FP16.
+
+    Empty where no engine is for this machine's GPU. The FP16 engine stays beside the other, to be timed again.
+    """
+    target = gpu_target()
+    if target is None or not (job.folder / "unet" / f"{target}.engine").is_file():
+        return {}
+    request = job.request(target)
+    half = replace(
+        request,
+        onnx_path=job.folder / ".stages" / "half" / "model.onnx",
+        engine_path=request.engine_path.with_name(f"{target}{FLOAT_SUFFIX}.engine"),
+        layers=(),
+    )
+    if not half.onnx_path.is_file():
+        write_half_onnx(float_graph(), half.onnx_path)
+    _build(job, half)
+    from pcr_export.engines.compare import compare_folder  # polygraphy comes with the extras of TensorRT alone
+
+    comparison = compare_folder(job.folder, [target], track=job.track)
+    return {
+        "target": target,
+        "distances": [asdict(row) for row in comparison.rows],
+        **comparison.timings.get(target, {}),
+    }
+
+
+def _build(job: EngineJob, request: BuildRequest) -> EngineRecord:
+    record, reasons = current_engine(request)
+    if record is not None:
+        job.log(f"{request.target}: built before, nothing changed")
+        return record
+    job.log(f"{request.target}: building, {'; '.join(reasons)}")
+    return build_engine(request, job.track)
+
+
+def _facts(record: EngineRecord, request: BuildRequest) -> Facts:
+    names = (
+        "target",
+        "version",
+        "built",
+        "ran",
+        "axes",
+        "kernels",
+        "pointwise_kernels",
+        "weight_bytes",
+        "activation_bytes",
+        "engine_bytes",
+        "build_seconds",
+        "trtexec",
+    )
+    return {
+        "backend": record.flavour,
+        "file": request.engine_path.name,
+        "int8_layers": len(record.sites) - len(record.floats),
+        "float_layers": record.floats,
+        **{name: getattr(record, name) for name in names},
+    }
