@@ -167,8 +167,15 @@ def _write(trt: Any, builder: Any, network: Any, config: Any, log: Log, job: Map
     if sink.error:
         raise PcrExportError(f"{job['engine']} can't be written: {sink.error}")
     if not done or sink.size == 0:
-        raise PcrExportError(f"{job['flavour']} does not build {job['onnx']} for {job['target']}: {log.first_error()}")
+        what = f"{job['flavour']} does not build {job['onnx']} for {job['target']}"
+        raise PcrExportError(f"{what}: {log.first_error()}{advice(job)}")
     return sink.size, sink.sha256.hexdigest()
+
+
+def advice(job: Mapping[str, Any]) -> str:
+    """What to try where the builder fails: most of what it can't do it can't do for a range of sizes."""
+    is_range = any(low != high for low, _, high in job["inputs"].values())
+    return "; give each of --batch, --height and --width one size" if is_range else ""
 
 
 def load_timing_cache(config: Any, path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from pcr_export.engines.build_process import advice
 from pcr_export.engines.build_request import FLAGS, BuildRequest, trtexec_line
 from pcr_export.engines.engine_record import (
     INT8_SITE,
@@ -179,4 +180,6 @@ def _follow(
     errors.seek(0)
     last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
     said = f", its last words: {last[0][:300]}" if last else ""
-    raise PcrExportError(f"the builder of {job['flavour']} crashed on {job['onnx']} (exit code {code}){said}")
+    raise PcrExportError(
+        f"the builder of {job['flavour']} crashed on {job['onnx']} (exit code {code}){said}{advice(job)}"
+    )
