@@ -48,4 +48,4 @@ def _advice(record: EngineRecord, axis: int) -> tuple[str, str]:
     flag = FLAGS.get(axis)
     if flag not in record.axes:
         return "", "give inputs of the model that was exported"
-    return f" ({flag})", f"rebuild it with a --{flag} range, min/opt/max, that holds this: {record.rebuild_command}"
+    return f" ({flag})", f"rebuild it with a --{flag} MIN:OPT:MAX that holds this: {record.rebuild_command}"
