@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 from deploy.conftest import ExportedFolder
+from engines.small_qdq import save_small_graph
 
-from pcr_export.deploy.run import generate, load_exported_model, load_exported_pipeline
+from pcr_export.deploy.run import ExportedUnet, generate, load_exported_model, load_exported_pipeline
+from pcr_export.engines.build_request import BuildRequest
+from pcr_export.engines.engine_folder import tensorrt_onnx
+from pcr_export.engines.flavours import gpu_target
+from pcr_export.engines.tensorrt import build_engine
 from pcr_export.errors import PcrExportError
-from pcr_export.models.denoiser import sample
+from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.pipelines import denoiser_from_pipeline
 from pcr_export.recipe import Recipe
 
@@ -156,3 +161,43 @@ def test_scheduler_must_be_one_of_diffusers(copy: Path) -> None:
     path.write_text(json.dumps({"_class_name": "DiffusionPipeline"}), "utf-8")
     with pytest.raises(PcrExportError, match="DiffusionPipeline, which is no scheduler of diffusers"):
         generate(copy, "a star")
+
+
+def test_an_engine_that_is_not_there_is_named(sdxl: ExportedFolder) -> None:
+    with pytest.raises(
+        PcrExportError, match=r"has no engine for sm89 \(there: none\): export again with .*--target sm89"
+    ):
+        generate(sdxl.folder, "a star", engine="sm89")
+
+
+@pytest.mark.skipif(gpu_target() is not None, reason="this machine has a GPU")
+def test_an_engine_without_a_gpu_says_what_to_do(copy: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    request = BuildRequest(
+        onnx_path=save_small_graph(tensorrt_onnx(copy)),
+        engine_path=copy / "unet" / "sm89.engine",
+        flavour="tensorrt-rtx",
+        target="sm89",
+        axes={"batch": (2, 2, 2), "height": (16, 16, 16), "width": (16, 16, 16)},
+    )
+    build_engine(request)
+    with pytest.raises(PcrExportError, match="no CUDA GPU here: run the onnxruntime engine, or copy the folder"):
+        load_exported_pipeline(copy, engine="sm89")
+    assert load_exported_pipeline(copy, threads=1).unet is not None  # which still has its own graph
+
+
+def test_any_network_stands_in_for_the_unet(sdxl: ExportedFolder) -> None:
+    """What the engine is given: every input by name, the timestep float32 of rank 0; what comes back is of sample's type."""
+    seen: list[Inputs] = []
+
+    def network(inputs: Inputs) -> torch.Tensor:
+        seen.append(inputs)
+        return inputs["sample"].half()
+
+    unet = ExportedUnet(sdxl.folder / "unet", network)
+    sample, added = torch.ones(2, 4, 8, 8), {"text_embeds": torch.ones(2, 3), "time_ids": torch.ones(2, 6)}
+    (output,) = unet(sample, torch.tensor(7), torch.ones(2, 5, 6), added_cond_kwargs=added, return_dict=False)
+    assert list(seen[0]) == ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]
+    assert (seen[0]["timestep"].dtype, seen[0]["timestep"].shape) == (torch.float32, ())
+    assert output.dtype == sample.dtype
+    assert torch.equal(output, sample)
