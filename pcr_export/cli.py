@@ -125,7 +125,7 @@ def track(description: str, total: int) -> Iterator[Advance]:
         yield lambda count: progress.advance(task, count)
 
 
-def _print_rows(rows: Sequence[tuple[str, str]], title: str) -> None:
+def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
     table = Table(title=title, show_header=False)
     for row in rows:
         table.add_row(*row)
@@ -141,9 +141,10 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="[default: as calibrated]")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="[default: as calibrated]")] = None,
     negative_prompt: Annotated[str, typer.Option(help="what not to draw")] = "",
+    engine: Annotated[str | None, typer.Option(help="GPU engine, e.g. sm89 [default: onnxruntime on the CPU]")] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks")] = False,
 ) -> None:
-    """Draw PROMPT with an exported folder alone, on onnxruntime."""
+    """Draw PROMPT with an exported folder alone."""
     from pcr_export.deploy.run import generate as generate_image
     from pcr_export.qdiffbench.images import write_png
 
@@ -155,9 +156,23 @@ def generate(
             steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
+            engine=engine,
         )
     write_png(image, output)
     console.print(f"{output}")
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="an export with --backend tensorrt-rtx or tensorrt")],
+    target: Annotated[list[str] | None, typer.Option(help="one engine, e.g. sm89 [default: every one]")] = None,
+    runs: Annotated[int, typer.Option(help="calls per figure of the timing", min=1)] = 20,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks")] = False,
+) -> None:
+    """Run both dialects of the UNet and, on a GPU, its engines on the same inputs: how far apart they are, and how fast."""
+    from pcr_export.engines.compare import compare_folder, table_rows
+
+    _print_rows(table_rows(compare_folder(folder, target or (), runs=runs, track=track)), str(folder))
 
 
 def main() -> None:

@@ -94,9 +94,14 @@ def measure_on_this_gpu(job: EngineJob, float_graph: Callable[[], ir.Model]) -> 
     comparison = compare_folder(job.folder, [target], track=job.track)
     return {
         "target": target,
-        "distances": [asdict(row) for row in comparison.rows],
+        "distances": [_finite(asdict(row)) for row in comparison.rows],
         **comparison.timings.get(target, {}),
     }
+
+
+def _finite(row: Facts) -> Facts:
+    """JSON has no infinity: no difference at all is null."""
+    return {**row, "sqnr_db": None if row["sqnr_db"] == float("inf") else row["sqnr_db"]}
 
 
 def _build(job: EngineJob, request: BuildRequest) -> EngineRecord:

@@ -177,13 +177,18 @@ class _Lowering:
         return emit("Conv" if is_conv else "MatMul", [q, weight], kept, name="product")
 
     def _join_digits(self, emit: Emitter, x: ir.Value, y: ir.Value) -> ir.Value:
-        """[planes * batch, ...] -> [batch, ...]: the first digit's rows plus a share of the last one's."""
+        """[planes * batch, ...] -> [batch, ...]: the first digit's rows plus a share of the last one's.
+
+        The reshape changes nothing; without it TensorRT does not see that the batch is x's again, and refuses ranges of sizes.
+        """
         zero = emit.constant([0], "any_zero")
         batch = self._shared(("batch", *_dims(x)[:1]), lambda: emit("Shape", [x], {"start": 0, "end": 1}, name="batch"))
         last = self._shared(("last", *_dims(x)[:1]), lambda: emit("Neg", [batch], name="last"))
         high = emit("Slice", [y, zero, batch, zero], name="high_part")
         low = emit("Slice", [y, last, emit.constant([TO_THE_END], "end"), zero], name="low_part")
-        return emit("Add", [high, emit("Mul", [low, self.job.low_digit], name="low_share")], name="both_digits")
+        both = emit("Add", [high, emit("Mul", [low, self.job.low_digit], name="low_share")], name="both_digits")
+        sizes = emit("Concat", [batch, emit("Shape", [y], {"start": 1}, name="sizes")], {"axis": 0}, name="shape")
+        return emit("Reshape", [both, sizes], name="batch_again")
 
     def _offset_bias(self, emit: Emitter, site: str, sums: np.ndarray, bias: np.ndarray | None) -> ir.Value:
         """float16: what the offset k adds to every output, and the bias: k * s * rowsum(Wq) * w + b."""
