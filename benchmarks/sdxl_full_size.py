@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.engines.tensorrt import BuildRequest, build_engine
+from pcr_export.errors import PcrExportError
 from pcr_export.graph.quantize import quantize_onnx
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.models.denoiser import Denoiser, Inputs
@@ -71,7 +72,7 @@ def export(folder: Path, out: Path, relax: str, seed: int) -> dict[str, Any]:
 
 
 def build(onnx: Path, flavour: str, target: str, latent: int, layers: list[str]) -> dict[str, Any]:
-    """Build one engine; what its record says, the sites summed up."""
+    """Build one engine; what its record says, the sites summed up, or the builder's error."""
     request = BuildRequest(
         onnx_path=onnx,
         engine_path=onnx.parent / f"{target}.engine",
@@ -81,7 +82,10 @@ def build(onnx: Path, flavour: str, target: str, latent: int, layers: list[str])
         layers=tuple(layers),
         allow_float_fallback=True,
     )
-    record = build_engine(request)
+    try:
+        record = build_engine(request)
+    except PcrExportError as error:
+        return {"error": str(error)}
     int8 = sum(count for _, reads, _, count in record.kernel_table if reads == "Int8 x Int8")
     kept = ("version", "kernels", "pointwise_kernels", "weight_bytes", "activation_bytes", "engine_bytes")
     facts = {name: getattr(record, name) for name in (*kept, "parse_seconds", "build_seconds", "kernel_table")}
@@ -175,8 +179,11 @@ def show(facts: dict[str, Any], phases: list[Phase], engines: dict[str, dict[str
     ):
         table.add_column(column, justify="right")
     for name, engine in engines.items():
+        if "error" in engine:
+            table.add_row(f"{name}: {engine['error']}")
+            continue
         counts = (engine["layers_in_int8"], engine["int8_kernels"], engine["pointwise_kernels"])
-        ratio = engine["pointwise_kernels"] / engines[STATIC]["pointwise_kernels"]
+        ratio = engine["pointwise_kernels"] / engines[STATIC].get("pointwise_kernels", np.nan)
         sizes = [(engine[each] or 0) / GB for each in ("weight_bytes", "engine_bytes")]
         times = (engine["parse_seconds"], engine["build_seconds"])
         cells = [*map(str, counts), f"{ratio:.3f}", *(f"{x:.3f}" for x in sizes), *(f"{x:.0f}" for x in times)]
