@@ -22,7 +22,7 @@ from pcr_export.engine_settings import EngineSettings
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
-from pcr_export.export_engines import EngineJob, make_engines, measure_on_this_gpu
+from pcr_export.export_engines import EngineJob, check_engines, make_engines, measure_on_this_gpu
 from pcr_export.graph.quantize import quantize_onnx
 from pcr_export.graph.to_onnx import save_model, trace_float_onnx
 from pcr_export.models.denoiser import Denoiser, Inputs
@@ -92,6 +92,7 @@ def export_denoiser(job: Job) -> dict[str, Any]:
 def quantize_denoiser(job: Job) -> Exported:
     """Calibrate and write step_scales.safetensors, recipe.json and unet/model.onnx."""
     folder, stages = job.folder, Stages(job.folder / ".stages", resume=job.resume, log=job.log)
+    check_engines(job.engines)
     make_folder(folder)
     seeds = job.noise_seeds()
     example = next(job.denoiser.walk([job.conditions[0]] * EXAMPLE_CONDITIONS, [seeds[0]] * EXAMPLE_CONDITIONS))

@@ -54,6 +54,16 @@ class EngineJob:
         )
 
 
+def check_engines(settings: EngineSettings) -> None:
+    """Refuse what can't be built on this machine. Cheap: called before a long calibration.
+
+    Raises:
+        PcrExportError: as `check_targets`.
+    """
+    if settings.wants_tensorrt and settings.build:
+        check_targets(settings.backend, settings.targets)
+
+
 def make_engines(job: EngineJob) -> list[Facts]:
     """Build the engines that are not there yet, or not as they should be; with build=False only write down how.
 

@@ -12,7 +12,6 @@ import torch
 
 from pcr_export.deploy.folder import write_pipeline_folder, written_files
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
-from pcr_export.engines.tensorrt import check_targets
 from pcr_export.export import (
     Exported,
     Job,
@@ -24,6 +23,7 @@ from pcr_export.export import (
     remove_folder,
     validate_artifact,
 )
+from pcr_export.export_engines import check_engines
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
@@ -63,8 +63,7 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
 def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], None]) -> dict[str, Any]:
     """The main job from a checked request to its report. Raises PcrExportError for everything that a person can mend."""
     engines = request.engines()
-    if engines.wants_tensorrt and engines.build:
-        check_targets(engines.backend, engines.targets)
+    check_engines(engines)
     make_folder(request.folder())
     model = load_model(request.entry())
     calibration, evaluation = request.prompt_sets()

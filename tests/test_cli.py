@@ -101,10 +101,44 @@ def test_folder_without_a_pipeline(tmp_path, monkeypatch, capsys):
         ("--images", "1", "--no-validate"),
         ("--steps", "0", "steps"),
         ("--height", "13", "multiples"),
+        ("--height", "16:8:32", "MIN <= OPT <= MAX"),
+        ("--batch", "0", "--batch must be at least 1"),
+        ("--backend", "trt", "choose one of onnxruntime, tensorrt-rtx, tensorrt"),
+        ("--backend", "tensorrt", "build on another machine with the trtexec line"),
+        ("--backend", "tensorrt-rtx", "name the GPUs, --target sm"),
+        ("--target", "sm89", "say --backend tensorrt-rtx"),
     ],
 )
 def test_bad_settings(option, value, expected, sdxl_folder, tmp_path, monkeypatch, capsys):
     assert expected in refused(monkeypatch, capsys, sdxl_folder, "--out", tmp_path, option, value)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [("sm75", "name sm86 or newer"), ("sm86,sm90", "does not build for sm90"), ("rtx", "rtx")]
+)
+def test_targets_that_can_not_be_built_for(target, expected, sdxl_folder, tmp_path, monkeypatch, capsys):
+    options = ("--backend", "tensorrt-rtx", "--target", target)
+    assert expected in refused(monkeypatch, capsys, sdxl_folder, "--out", tmp_path, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_engines(tmp_path, monkeypatch, capsys):
+    assert "export again with --backend tensorrt-rtx" in refused(monkeypatch, capsys, "compare", tmp_path)
+
+
+def test_an_engine_of_a_pipeline(sdxl_folder, tmp_path, monkeypatch, capsys):
+    options = ("--backend", "tensorrt-rtx", "--target", "sm89", "--relax", "first:25%", "--no-validate")
+    assert run(monkeypatch, sdxl_folder, "--out", tmp_path, *SMALL, *options) == 0
+    assert "built, not run" in capsys.readouterr().out
+    folder = tmp_path / "random-sdxl-w8a8"
+    report = json.loads((folder / "report.json").read_text())
+    (engine,) = report["engines"]
+    assert engine["int8_layers"] == sum(site["quantized"] for site in report["sites"])
+    assert engine["axes"]["batch"] == [2, 2, 2]  # guidance doubles the image
+    assert run(monkeypatch, "compare", folder) == 0
+    assert "no GPU here" in capsys.readouterr().out
+    line = refused(monkeypatch, capsys, "generate", folder, "a cat", "--engine", "sm89", "-o", tmp_path / "out.png")
+    assert "no CUDA GPU here" in line
 
 
 def test_unwritable_out(sdxl_folder, tmp_path, monkeypatch, capsys):

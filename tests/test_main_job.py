@@ -69,3 +69,15 @@ def test_picture_from_the_folder_alone(exported, tmp_path):
     arguments = ["generate", str(exported), prompt, "--seed", "1", "-o", str(picture)]
     subprocess.run([sys.executable, "-m", "pcr_export", *arguments], check=True, capture_output=True)
     assert Image.open(picture).size == (64, 64)
+
+
+def test_engines_for_three_gpus_are_int8_site_by_site(exported):
+    """On top of the export: nothing is calibrated again."""
+    options = ("--backend", "tensorrt-rtx", "--target", "sm86,sm89,sm120", "--no-validate")
+    subprocess.run(command(exported.parent, *options), check=True, capture_output=True)
+    report = json.loads((exported / "report.json").read_text())
+    layers = {site["name"] for site in report["sites"] if site["quantized"]}
+    for target in ("sm86", "sm89", "sm120"):
+        record = json.loads((exported / "unet" / f"{target}.json").read_text())
+        assert record["sites"] == dict.fromkeys(layers, "int8")
+    assert [engine["target"] for engine in report["engines"]] == ["sm86", "sm89", "sm120"]

@@ -19,7 +19,10 @@ def test_the_range_and_its_ends_pass(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 32, 16, 16), r"sample has 3 on axis 0 \(batch\), sm89.engine takes 1..2: rebuild it with a --batch MIN:OPT:MAX"),
+        (
+            (3, 32, 16, 16),
+            r"sample has 3 on axis 0 \(batch\), sm89.engine takes 1..2: rebuild it with a --batch MIN:OPT:MAX",
+        ),
         ((2, 32, 40, 16), r"sample has 40 on axis 2 \(height\), sm89.engine takes 8..32: rebuild it with a --height"),
         ((2, 32, 16, 4), r"sample has 4 on axis 3 \(width\), sm89.engine takes 8..16: .* MIN:OPT:MAX .*: again$"),
         ((2, 4, 16, 16), r"sample has 4 on axis 1, sm89.engine takes 32: give inputs of the model that was exported"),
