@@ -70,7 +70,9 @@ class _Lowering:
         self.job = job
         self.weights = LayerWeights(job)
         self.reach = largest_activation(job.scales)
-        self.made: dict[tuple[object, ...], ir.Value] = {}  # what several layers share
+        self.made: dict[
+            tuple[object, ...], ir.Value
+        ] = {}  # what several layers share; equal columns of the tables are one value
         self.quantizers = 0
 
     def lower(self, node: ir.Node) -> None:
@@ -80,7 +82,7 @@ class _Lowering:
         emit = Emitter(self.job, node, prefix=layer)
         site = self.job.scales.layers[layer]
         scale, offset = self.job.scale_of[site], self.job.zero_of.get(site)
-        q = self._shared(("q", x, site), lambda: self._quantize(emit, x, site))
+        q = self._shared(("q", x, scale, offset), lambda: self._quantize(emit, x, site))
         integers, weight_scale = self.weights.integers(node)
         unit = accumulator_unit(math.prod(integers.shape[1:]), self.reach)
         y = self._product(emit, node, q, integers, unit)
@@ -193,7 +195,7 @@ class _Lowering:
     def _offset_bias(self, emit: Emitter, site: str, sums: np.ndarray, bias: np.ndarray | None) -> ir.Value:
         """float16: what the offset k adds to every output, and the bias: k * s * rowsum(Wq) * w + b."""
         scale, offset = self.job.scale_of[site], self.job.zero_of[site]
-        moved = self._shared(("moved", site), lambda: emit("Mul", [scale, offset], name="moved"))
+        moved = self._shared(("moved", scale, offset), lambda: emit("Mul", [scale, offset], name="moved"))
         added = emit("Mul", [moved, emit.constant(sums, f"{emit.prefix}.weight_sums")], name="offset_bias")
         if bias is not None:
             added = emit("Add", [added, emit.constant(bias, f"{emit.prefix}.bias")], name="whole_bias")
