@@ -20,9 +20,10 @@ from pcr_export.calibrate.progressive import calibrate, num_unet_calls
 from pcr_export.calibrate.state import CalibrationState
 from pcr_export.engine_settings import EngineSettings
 from pcr_export.engines.engine_folder import tensorrt_onnx
+from pcr_export.engines.flavours import gpu_target
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
-from pcr_export.export_engines import EngineJob, check_engines, make_engines, measure_on_this_gpu
+from pcr_export.export_engines import EngineJob, check_engines, make_engines, measure_on_gpu
 from pcr_export.graph.quantize import quantize_onnx
 from pcr_export.graph.to_onnx import save_model, trace_float_onnx
 from pcr_export.models.denoiser import Denoiser, Inputs
@@ -142,7 +143,7 @@ def _make_engines(job: Job, layers: list[Layer], example: Inputs, float_graph: C
         log=job.log,
     )
     engines = make_engines(engine_job)
-    measured = measure_on_this_gpu(engine_job, float_graph) if job.validate else {}
+    measured = measure_on_gpu(engine_job, gpu_target(), float_graph) if job.validate else {}
     return [{**facts, **(measured if facts["target"] == measured.get("target") else {})} for facts in engines]
 
 

@@ -15,7 +15,6 @@ from pcr_export.engines.tensorrt import (
     build_engine,
     check_targets,
     current_engine,
-    gpu_target,
     trtexec_line,
 )
 from pcr_export.graph.quantize import write_half_onnx
@@ -81,31 +80,34 @@ def make_engines(job: EngineJob) -> list[Facts]:
     return [_facts(_build(job, request), request) for request in requests]
 
 
-def measure_on_this_gpu(job: EngineJob, float_graph: Callable[[], ir.Model]) -> Facts:
+def measure_on_gpu(job: EngineJob, gpu: str | None, float_graph: Callable[[], ir.Model]) -> Facts:
     """What the engine for this machine's GPU computes and how fast, beside the network without quantization in FP16.
 
-    Empty where no engine is for this machine's GPU. The FP16 engine stays beside the other, to be timed again.
+    Args:
+        gpu: this machine's, as `gpu_target` tells.
+        float_graph: the network.
+
+    Returns:
+        Empty where no engine is for that GPU. The FP16 engine stays beside the other, to be timed again.
     """
-    target = gpu_target()
-    if target is None or not (job.folder / "unet" / f"{target}.engine").is_file():
+    if gpu is None or not (job.folder / "unet" / f"{gpu}.engine").is_file():
         return {}
-    request = job.request(target)
+    request = job.request(gpu)
     half = replace(
         request,
         onnx_path=job.folder / ".stages" / "half" / "model.onnx",
-        engine_path=request.engine_path.with_name(f"{target}{FLOAT_SUFFIX}.engine"),
+        engine_path=request.engine_path.with_name(f"{gpu}{FLOAT_SUFFIX}.engine"),
         layers=(),
     )
-    if not half.onnx_path.is_file():
-        write_half_onnx(float_graph(), half.onnx_path)
+    write_half_onnx(float_graph(), half.onnx_path)
     _build(job, half)
     from pcr_export.engines.compare import compare_folder  # polygraphy comes with the extras of TensorRT alone
 
-    comparison = compare_folder(job.folder, [target], track=job.track)
+    comparison = compare_folder(job.folder, [gpu], track=job.track)
     return {
-        "target": target,
+        "target": gpu,
         "distances": [_finite(asdict(row)) for row in comparison.rows],
-        **comparison.timings.get(target, {}),
+        **comparison.timings.get(gpu, {}),
     }
 
 

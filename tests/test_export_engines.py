@@ -13,6 +13,9 @@ from pcr_export import Job, Recipe, export_denoiser
 from pcr_export.engine_settings import EngineSettings
 from pcr_export.engines.compare import compare_folder
 from pcr_export.errors import PcrExportError
+from pcr_export.export_engines import EngineJob, measure_on_gpu
+from pcr_export.graph.to_onnx import trace_float_onnx
+from pcr_export.progress import silent
 
 TARGETS = ("sm86", "sm89", "sm120")
 SETTINGS = EngineSettings(backend="tensorrt-rtx", targets=TARGETS, rebuild_command="pcr-export toy")
@@ -80,6 +83,22 @@ def test_the_dialects_agree(exported):
     assert {row.bits for row in measured} == {8, 10}
     assert all(row.sqnr_db > 30 for row in measured)  # float16 and float32 round a few activations differently
     assert [row.note for row in rows if row.what == "engine sm86"] == ["built, not run: no GPU here"]
+
+
+def test_a_gpu_gets_a_float16_engine_to_be_timed_against(exported):
+    """The whole way but for the GPU itself: where there is none, the comparison says so."""
+    folder, _ = exported
+    denoiser = class_conditional_denoiser()
+    axes = dict.fromkeys(("batch", "height", "width"), (1, 1, 1)) | {"height": (16, 16, 16), "width": (16, 16, 16)}
+    engines = EngineJob(settings=SETTINGS, folder=folder, axes=axes, layers=(), track=silent, log=lambda _line: None)
+    graph = trace_float_onnx(denoiser, next(denoiser.walk([0, 1], [0, 1])))
+    facts = measure_on_gpu(engines, "sm86", lambda: graph)
+    assert facts["target"] == "sm86"
+    assert facts["distances"][-1]["note"] == "built, not run: no GPU here"
+    record = json.loads((folder / "unet" / "sm86-fp16.json").read_text())
+    assert not [row for row in record["kernel_table"] if "Int8" in row[1]]
+    assert measure_on_gpu(engines, None, lambda: graph) == {}
+    assert measure_on_gpu(engines, "sm90", lambda: graph) == {}
 
 
 def test_only_the_graph(tmp_path):

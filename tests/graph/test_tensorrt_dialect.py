@@ -15,7 +15,7 @@ from min_max import feed, sqnr_db
 from pcr_export.calibrate.simulate import Simulation, simulated_call
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
-from pcr_export.graph.quantize import quantize_onnx
+from pcr_export.graph.quantize import quantize_onnx, write_half_onnx
 from pcr_export.models.denoiser import Denoiser, Inputs
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -90,7 +90,10 @@ def test_one_quantizer_per_tensor_and_one_unit_for_what_may_merge(
     products = {str(node.name).split("/product#")[0]: node for node in graph if "/product#" in str(node.name)}
     scales = exported("sdxl").scales
     assert products.keys() == scales.layers.keys()
-    assert sum(node.op_type == "QuantizeLinear" for node in graph) == len(scales.sites)
+    embedded = {node.inputs[0] for layer, node in products.items() if layer.endswith("time_emb_proj")}
+    assert len(embedded) == 1  # every block computes the same SiLU of the time embedding: sites of its own, one tensor
+    blocks = sum(site.endswith("time_emb_proj") for site in scales.sites)
+    assert sum(node.op_type == "QuantizeLinear" for node in graph) == len(scales.sites) - (blocks - 1)
     for layer, node in products.items():
         assert node.inputs[0] is products[scales.layers[layer]].inputs[0]
     block = "mid_block.attentions.0.transformer_blocks.0.attn1."
@@ -152,6 +155,16 @@ def test_same_input_same_bytes(exported: Callable[[str], Case], lowered: dict[st
     quantize_onnx(ir.load(case.float_path), scales, layers, path, "tensorrt")  # a model in memory gives the same file
     for name in (path.name, path.name + "_data"):
         assert (path.parent / name).read_bytes() == (lowered["relaxed"].parent / name).read_bytes()
+
+
+def test_the_float16_graph_is_the_network(case: Case) -> None:
+    path = case.folder / "half.onnx"
+    write_half_onnx(case.float_path, path)
+    inputs = case.inputs()
+    with OnnxRuntimeEngine(path, threads=1) as engine:
+        assert sqnr_db(float_output(case.denoiser, inputs), engine.run(feed(inputs))) > 45  # float16 carries 11 bits
+    weights = [v for v in ir.load(path).graph.initializers.values() if v.name.endswith(".half")]
+    assert {value.dtype for value in weights} == {HALF}
 
 
 def test_one_step_needs_no_table(exported: Callable[[str], Case], tmp_path: Path) -> None:
