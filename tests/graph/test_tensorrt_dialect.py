@@ -157,6 +157,16 @@ def test_same_input_same_bytes(exported: Callable[[str], Case], lowered: dict[st
         assert (path.parent / name).read_bytes() == (lowered["relaxed"].parent / name).read_bytes()
 
 
+def test_a_model_in_memory_is_left_as_it_was(exported: Callable[[str], Case], tmp_path: Path) -> None:
+    case = exported("class")
+    model = ir.load(case.float_path)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    quantize_onnx(model, case.scales, case.layers, tmp_path / "a.onnx", "tensorrt")
+    write_half_onnx(model, tmp_path / "half.onnx")
+    quantize_onnx(model, case.scales, case.layers, tmp_path / "b.onnx")
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
 def test_the_float16_graph_is_the_network(case: Case) -> None:
     path = case.folder / "half.onnx"
     write_half_onnx(case.float_path, path)

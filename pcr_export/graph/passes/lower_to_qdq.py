@@ -172,7 +172,7 @@ class _Lowering:
 
     def _product(self, emit: Emitter, node: ir.Node, q: ir.Value, integers: np.ndarray, unit: float) -> ir.Value:
         layer, is_conv = attribute(node, "layer"), node.op_type == "Conv"
-        stored = integers if is_conv else np.ascontiguousarray(integers.T)
+        stored = integers if is_conv else integers.T
         scale = emit.constant(np.array(unit, np.float16), f"unit_{unit}")
         weight = emit("DequantizeLinear", [self.job.initializer(stored, f"{layer}.weight_q"), scale], name="weight_dq")
         kept = {name: found.value for name, found in node.attributes.items() if name != "layer"} if is_conv else {}

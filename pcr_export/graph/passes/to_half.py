@@ -71,7 +71,7 @@ class _Conversion:
             return  # makes floats from integers or attributes: stays float32, its readers cast
         for output in node.outputs:
             if output.dtype == FLOAT:
-                output.dtype = HALF
+                output.type = ir.TensorType(HALF)  # a clone of a model shares its types
 
     def _half(self, value: ir.Value, reader: ir.Node) -> ir.Value:
         if value not in self.half_of:
