@@ -102,12 +102,14 @@ def export(
         return
     with console.status("importing torch and diffusers"):
         from pcr_export.export_pipeline import run_request
-        from pcr_export.report import summary_rows
+        from pcr_export.report import build_commands, summary_rows
     try:
         report = run_request(request, track=track, log=console.print if verbose else lambda _line: None)
     except KeyboardInterrupt as stop:
         raise PcrExportError("stopped; the same command goes on from here", exit_code=INTERRUPTED) from stop
     _print_rows(summary_rows(report), str(request.folder()))
+    if commands := build_commands(report):
+        console.print("to build elsewhere:", *commands, sep="\n", soft_wrap=True, highlight=False, markup=False)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,11 @@ def quantize_denoiser(job: Job) -> Exported:
     def lower(dialect: str, path: Path) -> Facts:
         return _quantize(job, layers, float_graph(), scales_path, path, dialect)
 
-    graph = stages.run("quantize", graph_key, [graph_path], lambda: lower("onnxruntime", graph_path))
+    def lower_first() -> Facts:
+        tensorrt_onnx(folder).unlink(missing_ok=True)  # of older scales; engines built from it are refused from now on
+        return lower("onnxruntime", graph_path)
+
+    graph = stages.run("quantize", graph_key, [graph_path], lower_first)
     engines: list[Facts] = []
     if job.engines.wants_tensorrt:
         path = tensorrt_onnx(folder)

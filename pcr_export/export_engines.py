@@ -66,17 +66,16 @@ def check_engines(settings: EngineSettings) -> None:
 def make_engines(job: EngineJob) -> list[Facts]:
     """Build the engines that are not there yet, or not as they should be; with build=False only write down how.
 
-    Returns one entry of the report per engine. Raises PcrExportError as `build_engine` does; engines built before stay.
+    Returns one entry of the report per engine, built or not. Raises PcrExportError as `build_engine` does; engines built before stay.
     """
     settings = job.settings
     targets = check_targets(settings.backend, settings.targets) if settings.build else settings.targets or ("current",)
     requests = [job.request(target) for target in targets]
     lines = [trtexec_line(request) for request in requests]
     write_text(tensorrt_onnx(job.folder).with_name(COMMANDS), "\n".join(lines) + "\n")
-    for line in lines:
-        job.log(line)
     if not settings.build:
-        return []
+        pairs = zip(requests, lines, strict=True)
+        return [_entry(request) | {"built": False, "ran": False, "trtexec": line} for request, line in pairs]
     return [_facts(_build(job, request), request) for request in requests]
 
 
@@ -127,7 +126,6 @@ def _build(job: EngineJob, request: BuildRequest) -> EngineRecord:
 
 def _facts(record: EngineRecord, request: BuildRequest) -> Facts:
     names = (
-        "target",
         "version",
         "built",
         "ran",
@@ -141,9 +139,12 @@ def _facts(record: EngineRecord, request: BuildRequest) -> Facts:
         "trtexec",
     )
     return {
-        "backend": record.flavour,
-        "file": request.engine_path.name,
+        **_entry(request),
         "int8_layers": len(record.sites) - len(record.floats),
         "float_layers": record.floats,
         **{name: getattr(record, name) for name in names},
     }
+
+
+def _entry(request: BuildRequest) -> Facts:
+    return {"backend": request.flavour, "target": request.target, "file": request.engine_path.name}

@@ -111,6 +111,11 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def build_commands(report: Mapping[str, Any]) -> list[str]:
+    """The command lines that build the report's engines without this package."""
+    return [engine["trtexec"] for engine in report["engines"] if "trtexec" in engine]
+
+
 def _onnxruntime_rows(engine: Facts) -> list[tuple[str, str]]:
     quantized, floating = engine["latency_ms"]["p50"], engine["float_latency_ms"]["p50"]
     relaxed = f", relaxed step {engine['relaxed_latency_ms']['p50']:.1f}" if "relaxed_latency_ms" in engine else ""
@@ -119,6 +124,8 @@ def _onnxruntime_rows(engine: Facts) -> list[tuple[str, str]]:
 
 
 def _tensorrt_rows(engine: Facts) -> list[tuple[str, str]]:
+    if not engine["built"]:
+        return [(f"{engine['backend']} {engine['target']}", "not built here")]
     floats = f", {len(engine['float_layers'])} FLOAT" if engine["float_layers"] else ""
     ran = "run on this GPU" if "int8_ms" in engine else "built, not run"
     rows = [

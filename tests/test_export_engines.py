@@ -12,10 +12,12 @@ from class_conditional import class_conditional_denoiser
 from pcr_export import Job, Recipe, export_denoiser
 from pcr_export.engine_settings import EngineSettings
 from pcr_export.engines.compare import compare_folder
+from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.errors import PcrExportError
 from pcr_export.export_engines import EngineJob, measure_on_gpu
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.progress import silent
+from pcr_export.report import build_commands, summary_rows
 
 TARGETS = ("sm86", "sm89", "sm120")
 SETTINGS = EngineSettings(backend="tensorrt-rtx", targets=TARGETS, rebuild_command="pcr-export toy")
@@ -104,11 +106,16 @@ def test_a_gpu_gets_a_float16_engine_to_be_timed_against(exported):
 def test_only_the_graph(tmp_path):
     settings = replace(SETTINGS, build=False, batch=(1, 1, 8))
     report = export_denoiser(job(tmp_path / "toy", settings))
-    assert report["engines"] == []
+    assert [(engine["target"], engine["built"]) for engine in report["engines"]] == [(name, False) for name in TARGETS]
+    assert len(build_commands(report)) == len(TARGETS)
+    assert ("tensorrt-rtx sm89", "not built here") in summary_rows(report)
     commands = (tmp_path / "toy" / "unet" / "tensorrt" / "build_commands.txt").read_text()
     assert "--computeCapabilities=120" in commands
     assert "--maxShapes=x:8x3x16x16" in commands
     assert not list((tmp_path / "toy" / "unet").glob("*.engine"))
+    assert tensorrt_onnx(tmp_path / "toy").is_file()
+    export_denoiser(job(tmp_path / "toy", EngineSettings(), seed=1))
+    assert not tensorrt_onnx(tmp_path / "toy").is_file()  # of other scales: what was built from it is refused
 
 
 def test_a_target_that_can_not_be_built_for_is_refused(tmp_path):
