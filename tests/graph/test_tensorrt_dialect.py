@@ -17,6 +17,7 @@ from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.quantize import quantize_onnx, write_half_onnx
 from pcr_export.models.denoiser import Denoiser, Inputs
+from pcr_export.step_scales import StepScales
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -199,3 +200,21 @@ def test_a_constant_beyond_float16_is_refused(tmp_path: Path, exported: Callable
     with pytest.raises(PcrExportError, match=r"beyond float16.*export it for onnxruntime"):
         quantize_onnx(model, case.scales, case.layers, tmp_path / "model.onnx", "tensorrt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vector_without_a_batch_axis_is_refused_on_relaxed_steps(tmp_path: Path) -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 23]>
+    vector (float[4] x, float t) => (float[4] y)
+    <float[4, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}> { y = MatMul(x, w) }""")
+    for node in model.graph:
+        node.metadata_props["pcr.module"] = "embed"
+    scales = StepScales(
+        scale=np.ones((2, 1), np.float32),
+        zero_point=np.full((2, 1), 128, np.uint8),
+        bits=np.array([10, 8], np.uint8),
+        timesteps=np.array([900.0, 100.0], np.float32),
+        sites=("embed",),
+        layers={"embed": "embed"},
+    )
+    with pytest.raises(PcrExportError, match=r"embed reads a vector without a batch axis.*leave it out with --skip"):
+        quantize_onnx(model, scales, [], tmp_path / "model.onnx", "tensorrt")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import DOMAIN, Emitter, Job, attribute, replace_value
 from pcr_export.graph.layer_weights import LayerWeights
 from pcr_export.step_scales import StepScales
@@ -70,9 +71,7 @@ class _Lowering:
         self.job = job
         self.weights = LayerWeights(job)
         self.reach = largest_activation(job.scales)
-        self.made: dict[
-            tuple[object, ...], ir.Value
-        ] = {}  # what several layers share; equal columns of the tables are one value
+        self.made: dict[tuple[object, ...], ir.Value] = {}  # what layers share; equal columns of a table are one value
         self.quantizers = 0
 
     def lower(self, node: ir.Node) -> None:
@@ -125,6 +124,10 @@ class _Lowering:
     def _digits(self, emit: Emitter, x: ir.Value, steps: ir.Value, offset: ir.Value | None) -> ir.Value:
         """float32 [planes * batch, ...]: what the quantizer rounds."""
         assert x.shape is not None
+        if len(x.shape) < 2:
+            raise PcrExportError(
+                f"{emit.prefix} reads a vector without a batch axis, which relaxed steps need: leave it out with --skip"
+            )
         rounded = emit("Round", [steps], name="rounded")
         if offset is not None:
             rounded, steps = (emit("Sub", [each, offset], name="centred") for each in (rounded, steps))
