@@ -1,0 +1,63 @@
+"""Build one TensorRT engine with two optimization profiles: the process that `relaxed_forms.py` starts for that form.
+
+Reads a job of `pcr_export.engines.build_process` as JSON from standard input, with one more key, `profiles`: the inputs' shapes by
+profile. Writes what it built as one JSON object to the file named by `facts`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pcr_export.engines.build_process import _configure, _parse, _write, peak_bytes
+from pcr_export.engines.builder_callbacks import ACTIVATIONS, WEIGHTS, Log, logger
+from pcr_export.engines.flavours import load_flavour
+from pcr_export.engines.layer_dump import parse_dump
+
+
+def build(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the engine of `job`; its facts, and per profile the memory that the builder tells and the layer dump's kernels.
+
+    Raises:
+        PcrExportError: the parser or the builder refuses.
+    """
+    flavour, log = load_flavour(job["flavour"]), Log()
+    trt = flavour.module
+    listener = logger(trt, log)
+    started = time.perf_counter()
+    builder = trt.Builder(listener)
+    network, parser = _parse(trt, builder, listener, log, job["onnx"])
+    parsed = time.perf_counter()
+    first, *others = job["profiles"]
+    config = _configure(flavour, builder, network, {**job, "inputs": first})
+    for shapes in others:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            if any(size < 0 for size in tensor.shape):
+                profile.set_shape(tensor.name, *(tuple(shape) for shape in shapes[tensor.name]))
+        config.add_optimization_profile(profile)
+    size, _ = _write(trt, builder, network, config, log, {**job, "inputs": first})
+    built = time.perf_counter()
+    del parser  # it owns the weights until here
+    dumps = [message for message in log.kept if not message.startswith((WEIGHTS, ACTIVATIONS))]
+    return {
+        "version": flavour.version,
+        "engine_bytes": size,
+        "weight_bytes": log.bytes_of(WEIGHTS),
+        "activation_bytes": log.bytes_of(ACTIVATIONS),
+        "told": [message.splitlines()[0] for message in log.kept if message.startswith((WEIGHTS, ACTIVATIONS))],
+        "parse_seconds": round(parsed - started, 3),
+        "build_seconds": round(built - parsed, 3),
+        "peak_bytes": peak_bytes(),
+        "kernels": [[vars(kernel) for kernel in parse_dump(dump)] for dump in dumps],
+    }
+
+
+if __name__ == "__main__":
+    request = json.load(sys.stdin)
+    Path(request["facts"]).write_text(json.dumps(build(request)))
