@@ -3,9 +3,10 @@
     python benchmarks/sdxl_full_size.py --work DIR --json FILE
     python benchmarks/sdxl_full_size.py --model sd15 --work DIR --json FILE
 
-Every phase runs in a process of its own, whose memory is sampled: writing the weights (once), exporting and quantizing, building one
-engine per graph. The graphs differ in their scales alone: one per site, one per site and step, the same with relaxed steps. Scales
-are made up: no figure here speaks of images. Needs about 45 GB in DIR for SDXL, and `pip install 'pcr-export[rtx]'`.
+Every phase runs in a process of its own, whose memory is sampled: writing the weights (once), exporting and quantizing as a user
+does, the graphs to compare with, building one engine per graph. Three graphs differ in their scales alone: one per site, one per
+site and step, the same with relaxed steps. The fourth is static Q/DQ as other quantizers write it. Scales are made up: no figure
+here speaks of images. Needs about 45 GB in DIR for SDXL, and `pip install 'pcr-export[rtx]'`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from phase_memory import Phase, measure_phase
 from random_unets import write_random_unet
 from rich.console import Console
 from rich.table import Table
+from static_qdq import STATIC_QDQ
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcr_export.calibrate.layers import find_layers
@@ -40,6 +42,7 @@ from pcr_export.sites import Layer
 from pcr_export.stages import write_json
 from pcr_export.step_scales import StepScales
 
+CONVENTIONAL = "static Q/DQ, per-channel weights"
 STATIC, PER_STEP, RELAXED = "static scales", "step scales", "step scales, relaxed steps"
 STEPS, RELAXED_BITS, BATCH = 50, 10, 2
 PIXELS = {"sdxl": 1024, "sd15": 512}
@@ -48,8 +51,8 @@ GIB, GB = 2**30, 1e9
 WIDTH = 120  # of the tables, in characters
 
 
-def export(folder: Path, out: Path, relax: str, seed: int) -> dict[str, Any]:
-    """Trace the network in `folder` once and quantize the graph with each kind of scales; seconds, counts and sizes."""
+def export(folder: Path, out: Path, relax: str, seed: int, names: tuple[str, ...]) -> dict[str, Any]:
+    """Trace the network in `folder` once and quantize the graph with the scales of these names; seconds, counts and sizes."""
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         network = UNet2DConditionModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
@@ -58,10 +61,11 @@ def export(folder: Path, out: Path, relax: str, seed: int) -> dict[str, Any]:
         layers = find_layers(denoiser, {k: fake.from_tensor(x) for k, x in example.items()}, SKIPPED_BY_DEFAULT)
     with timed(seconds, "trace"):
         model = trace_float_onnx(denoiser, example)
-    graphs = {}
-    for name, scales in scale_tables(layers, relax, seed).items():
+    graphs, tables = {}, scale_tables(layers, relax, seed)
+    for name in names:
+        dialect = STATIC_QDQ if name == CONVENTIONAL else "tensorrt"
         with timed(seconds, f"quantize: {name}"):
-            report = quantize_onnx(model, scales, layers, graph_path(out, name), dialect="tensorrt")
+            report = quantize_onnx(model, tables[name], layers, graph_path(out, name), dialect)
         graphs[name] = {"quantizers": report.quantizers, "onnx_bytes": report.onnx_bytes}
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -144,7 +148,8 @@ def scale_tables(layers: list[Layer], relax: str, seed: int) -> dict[str, StepSc
         )
 
     every = slice(None)
-    return {STATIC: table(slice(1), bits), PER_STEP: table(every, bits), RELAXED: table(every, relaxed)}
+    static = table(slice(1), bits)
+    return {CONVENTIONAL: static, STATIC: static, PER_STEP: table(every, bits), RELAXED: table(every, relaxed)}
 
 
 def graph_path(out: Path, name: str) -> Path:
@@ -211,8 +216,10 @@ def main(
     """Run the phases one after the other, print and write the figures."""
     unet, out = work / model / "unet", work / model / "graphs"
     _, written = measure_phase("write", write_random_unet, model, unet, seed)
-    facts, exported = measure_phase("export", export, unet, out, relax, seed)
-    phases, engines = [written, exported], {}
+    facts, exported = measure_phase("export", export, unet, out, relax, seed, (RELAXED,))
+    others, compared = measure_phase("other graphs", export, unet, out, relax, seed, (CONVENTIONAL, STATIC, PER_STEP))
+    facts["graphs"] = {**others["graphs"], **facts["graphs"]}
+    phases, engines = [written, exported, compared], {}
     for name in facts["graphs"] if backend != "none" else ():
         arguments = (graph_path(out, name), backend, target, PIXELS[model] // 8, facts["quantized"])
         engines[name], phase = measure_phase(f"build: {name}", build, *arguments)
