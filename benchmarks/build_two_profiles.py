@@ -7,16 +7,19 @@ profile. Writes what it built as one JSON object to the file named by `facts`.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pcr_export.engines.build_process import _configure, _parse, _write, peak_bytes
 from pcr_export.engines.builder_callbacks import ACTIVATIONS, WEIGHTS, Log, logger
 from pcr_export.engines.flavours import load_flavour
-from pcr_export.engines.layer_dump import parse_dump
+from pcr_export.engines.layer_dump import Kernel
+
+PROFILE = re.compile(r"_myl(\d+)_\d+$")
 
 
 def build(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +47,6 @@ def build(job: Mapping[str, Any]) -> dict[str, Any]:
     size, _ = _write(trt, builder, network, config, log, {**job, "inputs": first})
     built = time.perf_counter()
     del parser  # it owns the weights until here
-    dumps = [message for message in log.kept if not message.startswith((WEIGHTS, ACTIVATIONS))]
     return {
         "version": flavour.version,
         "engine_bytes": size,
@@ -54,8 +56,17 @@ def build(job: Mapping[str, Any]) -> dict[str, Any]:
         "parse_seconds": round(parsed - started, 3),
         "build_seconds": round(built - parsed, 3),
         "peak_bytes": peak_bytes(),
-        "kernels": [[vars(kernel) for kernel in parse_dump(dump)] for dump in dumps],
+        "kernels": [[vars(kernel) for kernel in each] for each in by_profile(log.kernels())],
     }
+
+
+def by_profile(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
+    """The kernels of each profile: one dump lists all, and their names end in _myl<profile>_<number>."""
+    found: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        match = PROFILE.search(kernel.name)
+        found.setdefault(match[1] if match else "", []).append(kernel)
+    return [found[profile] for profile in sorted(found)]
 
 
 if __name__ == "__main__":
