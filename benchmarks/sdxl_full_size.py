@@ -154,7 +154,7 @@ def scale_tables(layers: list[Layer], relax: str, seed: int) -> dict[str, StepSc
 
 def graph_path(out: Path, name: str) -> Path:
     """Where the graph with these scales goes."""
-    return out / name.replace(",", "").replace(" ", "-") / "model.onnx"
+    return out / name.replace(",", "").replace(" ", "-").replace("/", "") / "model.onnx"
 
 
 @contextmanager
