@@ -24,3 +24,31 @@ def test_latency_table_is_the_benchmarks():
     for row in rows:
         sqnr = "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
         assert f"| {row['name']} | {row['ratio']:.2f} | {sqnr} |" in README
+
+
+def test_relaxed_forms_are_the_benchmarks():
+    for name in ("relaxed_forms", "relaxed_forms_sdxl"):
+        rows = [row for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"] if "weight_bytes" in row]
+        assert len(rows) >= 3
+        for row in rows:
+            kernels = " | ".join(" / ".join(map(str, row[key])) for key in ("pointwise_kernels", "int8_kernels"))
+            sizes = f"{row['weight_bytes'] / 1e6:.1f} | {row['engine_bytes'] / 1e6:.0f}"
+            seconds = f"{row['parse_seconds']:.1f} | {row['build_seconds']:.0f}"
+            assert f"| {row['title']} | {kernels} | {sizes} | {seconds} | {row['peak_bytes'] / 2**30:.1f} |" in README
+
+
+def test_full_size_tables_are_the_benchmarks():
+    for name in ("sdxl", "sd15"):
+        facts = json.loads((RESULTS / f"{name}_full_size.json").read_text())
+        for phase in facts["phases"]:
+            memory = " | ".join(f"{phase[f'peak_{kind}_bytes'] / 2**30:.2f}" for kind in ("anonymous", "file"))
+            assert f"| {phase['name']} | {phase['seconds']:.0f} | {memory} |" in README
+        static = facts["engines"]["static scales"]["pointwise_kernels"]
+        assert len(facts["engines"]) == 4
+        for graph, engine in facts["engines"].items():
+            counts = " | ".join(str(engine[key]) for key in ("layers_in_int8", "int8_kernels", "pointwise_kernels"))
+            sizes = f"{engine['weight_bytes'] / 1e9:.3f} | {engine['engine_bytes'] / 1e9:.2f}"
+            seconds = f"{engine['parse_seconds']:.0f} + {engine['build_seconds']:.0f}"
+            ratio = engine["pointwise_kernels"] / static
+            assert f"| {graph} | {counts} | {ratio:.3f} | {sizes} | {seconds} |" in README
+            assert engine["layers_in_int8"] == len(facts["quantized"])
