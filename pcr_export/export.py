@@ -18,7 +18,7 @@ from pcr_export import __version__
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
 from pcr_export.calibrate.state import CalibrationState
-from pcr_export.engine_settings import EngineSettings
+from pcr_export.engine_settings import EngineSettings, Range
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.flavours import gpu_target
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
@@ -97,6 +97,7 @@ def quantize_denoiser(job: Job) -> Exported:
     make_folder(folder)
     seeds = job.noise_seeds()
     example = next(job.denoiser.walk([job.conditions[0]] * EXAMPLE_CONDITIONS, [seeds[0]] * EXAMPLE_CONDITIONS))
+    axes = _engine_axes(job, example)
     layers = find_layers(job.denoiser, example, job.recipe.skip)
     weights = {"weights": hash_weights(job.denoiser.network), "version": __version__, "torch": torch.__version__}
     calibration_key = {
@@ -127,21 +128,28 @@ def quantize_denoiser(job: Job) -> Exported:
     if job.engines.wants_tensorrt:
         path = tensorrt_onnx(folder)
         stages.run("quantize-tensorrt", graph_key, [path], lambda: lower("tensorrt", path))
-        engines = _make_engines(job, layers, example, float_graph)
+        engines = _make_engines(job, layers, axes, float_graph)
     return Exported(layers, stages, graph_key, calibration, graph, engines, float_graph)
 
 
-def _make_engines(job: Job, layers: list[Layer], example: Inputs, float_graph: Callable[[], ir.Model]) -> list[Facts]:
-    """Build the engines and, where this machine's GPU is one that they are for, measure them on it."""
+def _engine_axes(job: Job, example: Inputs) -> dict[str, Range]:
+    """Minimum, optimum and maximum of the inputs' axes, told before anything is calibrated for sizes that can't be."""
     sizes = {
         axis_name: example[name].shape[axis]
         for name, axes in job.denoiser.dynamic_axes.items()
         for axis, axis_name in axes.items()
     }
+    return job.engines.axes(sizes, {"height": job.recipe.height, "width": job.recipe.width}, EXAMPLE_CONDITIONS)
+
+
+def _make_engines(
+    job: Job, layers: list[Layer], axes: dict[str, Range], float_graph: Callable[[], ir.Model]
+) -> list[Facts]:
+    """Build the engines and, where this machine's GPU is one that they are for, measure them on it."""
     engine_job = EngineJob(
         settings=job.engines,
         folder=job.folder,
-        axes=job.engines.axes(sizes, {"height": job.recipe.height, "width": job.recipe.width}, EXAMPLE_CONDITIONS),
+        axes=axes,
         layers=tuple(layer.name for layer in layers if layer.site is not None),
         track=job.track,
         log=job.log,

@@ -122,6 +122,12 @@ def test_targets_that_can_not_be_built_for(target, expected, sdxl_folder, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_engine_size_between_two_latents(sdxl_folder, tmp_path, monkeypatch, capsys):
+    options = ("--backend", "tensorrt-rtx", "--target", "sm89", "--height", "15:16:16", "--width", "16", "--steps", "4")
+    assert "use multiples of" in refused(monkeypatch, capsys, sdxl_folder, "--out", tmp_path, *options)
+    assert not (tmp_path / "random-sdxl-w8a8" / "step_scales.safetensors").exists()  # before the calibration
+
+
 def test_a_folder_without_engines(tmp_path, monkeypatch, capsys):
     assert "export again with --backend tensorrt-rtx" in refused(monkeypatch, capsys, "compare", tmp_path)
 
