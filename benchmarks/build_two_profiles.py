@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcr_export.engines.build_process import _configure, _parse, _write, peak_bytes
-from pcr_export.engines.builder_callbacks import ACTIVATIONS, WEIGHTS, Log, logger
-from pcr_export.engines.flavours import load_flavour
+from pcr_export.engines.build_process import add_profile, configure, open_network, peak_bytes, write_engine
+from pcr_export.engines.builder_callbacks import ACTIVATIONS, WEIGHTS
 from pcr_export.engines.layer_dump import Kernel
 
 PROFILE = re.compile(r"_myl(\d+)_\d+$")
@@ -28,33 +27,22 @@ def build(job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         PcrExportError: the parser or the builder refuses.
     """
-    flavour, log = load_flavour(job["flavour"]), Log()
-    trt = flavour.module
-    listener = logger(trt, log)
-    started = time.perf_counter()
-    builder = trt.Builder(listener)
-    network, parser = _parse(trt, builder, listener, log, job["onnx"])
-    parsed = time.perf_counter()
+    opened = open_network(job)
+    log, started = opened.log, time.perf_counter()
     first, *others = job["profiles"]
-    config = _configure(flavour, builder, network, {**job, "inputs": first})
+    config = configure(opened, {**job, "inputs": first})
     for shapes in others:
-        profile = builder.create_optimization_profile()
-        for index in range(network.num_inputs):
-            tensor = network.get_input(index)
-            if any(size < 0 for size in tensor.shape):
-                profile.set_shape(tensor.name, *(tuple(shape) for shape in shapes[tensor.name]))
-        config.add_optimization_profile(profile)
-    size, _ = _write(trt, builder, network, config, log, {**job, "inputs": first})
-    built = time.perf_counter()
-    del parser  # it owns the weights until here
+        add_profile(opened, config, shapes)
+    size, _ = write_engine(opened, config, {**job, "inputs": first})
+    seconds = time.perf_counter() - started
     return {
-        "version": flavour.version,
+        "version": opened.flavour.version,
         "engine_bytes": size,
         "weight_bytes": log.bytes_of(WEIGHTS),
         "activation_bytes": log.bytes_of(ACTIVATIONS),
         "told": [message.splitlines()[0] for message in log.kept if message.startswith((WEIGHTS, ACTIVATIONS))],
-        "parse_seconds": round(parsed - started, 3),
-        "build_seconds": round(built - parsed, 3),
+        "parse_seconds": round(opened.seconds, 3),
+        "build_seconds": round(seconds, 3),
         "peak_bytes": peak_bytes(),
         "kernels": [[vars(kernel) for kernel in each] for each in by_profile(log.kernels())],
     }

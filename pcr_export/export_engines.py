@@ -19,6 +19,7 @@ from pcr_export.engines.tensorrt import (
 )
 from pcr_export.graph.quantize import write_half_onnx
 from pcr_export.progress import Track
+from pcr_export.report import finite
 from pcr_export.stages import Facts, write_text
 
 if TYPE_CHECKING:
@@ -105,14 +106,10 @@ def measure_on_gpu(job: EngineJob, gpu: str | None, float_graph: Callable[[], ir
     comparison = compare_folder(job.folder, [gpu], track=job.track)
     return {
         "target": gpu,
-        "distances": [_finite(asdict(row)) for row in comparison.rows],
+        "ran": gpu in comparison.timings,
+        "distances": [{**asdict(row), "sqnr_db": finite(row.sqnr_db)} for row in comparison.rows],
         **comparison.timings.get(gpu, {}),
     }
-
-
-def _finite(row: Facts) -> Facts:
-    """JSON has no infinity: no difference at all is null."""
-    return {**row, "sqnr_db": None if row["sqnr_db"] == float("inf") else row["sqnr_db"]}
 
 
 def _build(job: EngineJob, request: BuildRequest) -> EngineRecord:

@@ -49,7 +49,7 @@ def site_rows(layers: Sequence[Layer], recipe: Recipe, sqnr_db: Mapping[str, flo
             "bits": f"w{recipe.weight_bits}a{recipe.activation_bits}" if layer.site else "float32",
             "quantized": layer.site is not None,
             "reason": layer.reason,
-            "sqnr_db": _finite(sqnr_db.get(layer.site or "")),
+            "sqnr_db": finite(sqnr_db.get(layer.site or "")),
         }
         for layer in layers
     ]
@@ -153,7 +153,7 @@ def _quality_rows(quality: Facts) -> list[tuple[str, str]]:
     return rows
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """JSON has no infinity: no error at all is null, too."""
     return None if value is None or value == float("inf") else round(value, 3)
 

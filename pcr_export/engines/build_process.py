@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,33 @@ def main() -> None:
         send({"error": f"the engine can't be built here: {error}"})
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A parsed network and what must live as long as it does."""
+
+    flavour: Flavour
+    log: Log
+    listener: Any  # the logger that the library writes to
+    builder: Any
+    network: Any
+    parser: Any  # owns the network's weights
+    seconds: float  # of parsing
+
+
+def open_network(job: Mapping[str, Any]) -> Opened:
+    """Parse the ONNX file of `job`.
+
+    Raises:
+        PcrExportError: the library is not installed, or its parser refuses.
+    """
+    flavour, log = load_flavour(job["flavour"]), Log()
+    listener = logger(flavour.module, log)
+    started = time.perf_counter()
+    builder = flavour.module.Builder(listener)
+    network, parser = _parse(flavour.module, builder, listener, log, job["onnx"])
+    return Opened(flavour, log, listener, builder, network, parser, time.perf_counter() - started)
+
+
 def build(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Parse, build and write the engine of `job`, and say what is in it.
 
@@ -67,24 +95,20 @@ def build(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     Raises:
         PcrExportError: the parser or the builder refuses; its first error.
     """
-    flavour, log = load_flavour(job["flavour"]), Log()
-    trt = flavour.module
-    listener = logger(trt, log)
+    opened = open_network(job)
+    trt, log = opened.flavour.module, opened.log
     started = time.perf_counter()
-    builder = trt.Builder(listener)
-    network, parser = _parse(trt, builder, listener, log, job["onnx"])
-    parsed = time.perf_counter()
-    config = _configure(flavour, builder, network, job)
+    config = configure(opened, job)
     progress = monitor(trt, send)
     config.progress_monitor = progress
-    size, sha256 = _write(trt, builder, network, config, log, job)
-    built = time.perf_counter()
-    del progress, parser  # the library borrows both until here
+    size, sha256 = write_engine(opened, config, job)
+    seconds = time.perf_counter() - started
+    del progress  # the library borrows it until here
     if job["timing_cache"]:
         save_timing_cache(config, Path(job["timing_cache"]))
-    kernels = log.kernels() or _inspect(trt, listener, job)
+    kernels = log.kernels() or _inspect(trt, opened.listener, job)
     return {
-        "version": flavour.version,
+        "version": opened.flavour.version,
         "engine_bytes": size,
         "engine_sha256": sha256,
         "kernels": len(kernels),
@@ -93,8 +117,8 @@ def build(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "data_dependent": any(kernel.kind in HOST_JUMPS for kernel in kernels),
         "weight_bytes": log.bytes_of(WEIGHTS),
         "activation_bytes": log.bytes_of(ACTIVATIONS),
-        "parse_seconds": round(parsed - started, 3),
-        "build_seconds": round(built - parsed, 3),
+        "parse_seconds": round(opened.seconds, 3),
+        "build_seconds": round(seconds, 3),
         "peak_bytes": peak_bytes(),
         "sites": prove_int8(kernels, job["layers"]),
     }
@@ -138,25 +162,36 @@ def _decompose_attention(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _configure(flavour: Flavour, builder: Any, network: Any, job: Mapping[str, Any]) -> Any:
-    trt, config = flavour.module, builder.create_builder_config()
+def configure(opened: Opened, job: Mapping[str, Any]) -> Any:
+    """The builder's configuration for the target of `job`, with one profile of its input shapes."""
+    trt, config = opened.flavour.module, opened.builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if flavour.targets:
+    if opened.flavour.targets:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, job["target"].upper()), 0)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        if any(size < 0 for size in tensor.shape):
-            profile.set_shape(tensor.name, *(tuple(shape) for shape in job["inputs"][tensor.name]))
-    config.add_optimization_profile(profile)
+    add_profile(opened, config, job["inputs"])
     if job["timing_cache"]:
         load_timing_cache(config, Path(job["timing_cache"]))
     return config
 
 
-def _write(trt: Any, builder: Any, network: Any, config: Any, log: Log, job: Mapping[str, Any]) -> tuple[int, str]:
-    """Build into the file; its size and sha256. Streamed where the library can: it then holds one copy less."""
+def add_profile(opened: Opened, config: Any, shapes: Mapping[str, Any]) -> None:
+    """One more optimization profile; `shapes` are each input's minimum, optimum and maximum by name."""
+    profile = opened.builder.create_optimization_profile()
+    for index in range(opened.network.num_inputs):
+        tensor = opened.network.get_input(index)
+        if any(size < 0 for size in tensor.shape):
+            profile.set_shape(tensor.name, *(tuple(shape) for shape in shapes[tensor.name]))
+    config.add_optimization_profile(profile)
+
+
+def write_engine(opened: Opened, config: Any, job: Mapping[str, Any]) -> tuple[int, str]:
+    """Build into the file of `job`; its size and sha256. Streamed where the library can: it then holds one copy less.
+
+    Raises:
+        PcrExportError: the builder refuses, or the file can't be written.
+    """
+    trt, builder, network = opened.flavour.module, opened.builder, opened.network
     with Path(job["engine"]).open("wb") as file:
         sink = Sink(file.write)
         if job["stream"] and hasattr(builder, "build_serialized_network_to_stream"):
@@ -168,7 +203,7 @@ def _write(trt: Any, builder: Any, network: Any, config: Any, log: Log, job: Map
         raise PcrExportError(f"{job['engine']} can't be written: {sink.error}")
     if not done or sink.size == 0:
         what = f"{job['flavour']} does not build {job['onnx']} for {job['target']}"
-        raise PcrExportError(f"{what}: {log.first_error()}{advice(job)}")
+        raise PcrExportError(f"{what}: {opened.log.first_error()}{advice(job)}")
     return sink.size, sink.sha256.hexdigest()
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pcr_export.engine_settings import Range
 from pcr_export.engines.flavours import compute_capability
-from pcr_export.engines.onnx_files import Range, input_axes, input_shapes
+from pcr_export.engines.onnx_files import input_axes, input_shapes
 
 FLAGS = ("strongly typed", "detailed profiling verbosity", "decomposable attention", "one optimization profile")
 

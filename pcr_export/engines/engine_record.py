@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pcr_export.engine_settings import Range
 from pcr_export.engines.build_request import FLAGS, BuildRequest
 from pcr_export.engines.flavours import Flavour, load_flavour
-from pcr_export.engines.onnx_files import Range, ShapeRange, add_file, input_shapes, onnx_sha256
+from pcr_export.engines.onnx_files import ShapeRange, add_file, input_shapes, onnx_sha256
 from pcr_export.errors import PcrExportError
 
 FORMAT_VERSION = 1

@@ -9,10 +9,10 @@ from pathlib import Path
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from pcr_export.engine_settings import Range
 from pcr_export.errors import PcrExportError
 
-Range = tuple[int, int, int]  # minimum, optimum, maximum
-ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # the same, of every axis
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # minimum, optimum, maximum of every axis
 CHUNK = 1 << 22  # bytes read at a time
 
 

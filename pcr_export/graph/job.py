@@ -29,7 +29,10 @@ class Job:
     quantizers: int = 0  # quantized tensors; a tensor read by several layers of one site counts once
     step: ir.Value | None = None  # int64 scalar, once FindStep has run
     scale_of: dict[str, ir.Value] = field(default_factory=dict)  # site -> this step's scale, float32 [1]
-    zero_of: dict[str, ir.Value] = field(default_factory=dict)  # site -> this step's zero point, [1]
+    zero_of: dict[str, ir.Value] = field(default_factory=dict)  # site -> this step's zero point, uint8 [1]
+    offset_of: dict[str, ir.Value] = field(
+        default_factory=dict
+    )  # affine site -> this step's 128 - zero point, float32 [1]
     fineness: ir.Value | None = None  # this step's 2^(8 - bits), float32 [1], where some step is relaxed
     shift_of: dict[str, ir.Value] = field(
         default_factory=dict

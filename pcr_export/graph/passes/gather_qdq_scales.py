@@ -27,7 +27,7 @@ class GatherQdqScales:
         job.scale_of = gather_row(job, scales.scale, "scale")
         job.shift_of = gather_row(job, _shifts(scales.scale), "shift")
         rows = gather_row(job, offset, "offset") if affine else {}
-        job.zero_of = {site: rows[site] for site in affine}
+        job.offset_of = {site: rows[site] for site in affine}
         return len(affine)
 
 

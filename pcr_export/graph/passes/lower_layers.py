@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from pcr_export.graph.job import DOMAIN, MICROSOFT, Emitter, Job, attribute, replace_value, static_dim
-from pcr_export.graph.layer_weights import LayerWeights
+from pcr_export.graph.job import MICROSOFT, Emitter, Job, attribute, replace_value, static_dim
+from pcr_export.graph.layer_lowering import LayerLowering
 from pcr_export.graph.windows import Window, emit_window_indices
 
 ZERO_OF_LOW_DIGIT = 128
@@ -30,21 +30,10 @@ class LowerLayers:
 
     def apply(self, job: Job) -> int:
         """Lower every marked layer in the graph and its branches; returns how many nodes."""
-        lowering = _Lowering(job)
-        nodes = [node for node in job.graph.all_nodes() if node.domain == DOMAIN and node.op_type in ("Linear", "Conv")]
-        for node in nodes:
-            lowering.lower(node)
-        job.quantizers = lowering.quantizers
-        return len(nodes)
+        return _Lowering(job).lower_all()
 
 
-class _Lowering:
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.weights = LayerWeights(job)
-        self.made: dict[tuple[object, ...], ir.Value] = {}  # what several layers of one graph share
-        self.quantizers = 0
-
+class _Lowering(LayerLowering):
     def lower(self, node: ir.Node) -> None:
         emit = Emitter(self.job, node, prefix=_label(node))
         x, layer = node.inputs[0], attribute(node, "layer")
@@ -126,10 +115,7 @@ class _Lowering:
 
     def _shared(self, node: ir.Node, key: tuple[object, ...], make: Callable[[], ir.Value]) -> ir.Value:
         """What was made for this key in the node's graph, or is made now."""
-        key = (node.graph, *key)
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
+        return self.share((node.graph, *key), make)
 
 
 def _by_parts(emit: Emitter, x: ir.Value, name: str, quantize: Callable[[ir.Value, str], ir.Value]) -> ir.Value:

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from pcr_export.errors import PcrExportError
-from pcr_export.graph.job import DOMAIN, Emitter, Job, attribute, replace_value
-from pcr_export.graph.layer_weights import LayerWeights
+from pcr_export.graph.job import Emitter, Job, attribute, replace_value
+from pcr_export.graph.layer_lowering import LayerLowering
 from pcr_export.step_scales import StepScales
 
 LARGEST_HALF = 65504.0
@@ -58,21 +58,13 @@ class LowerToQdq:
 
     def apply(self, job: Job) -> int:
         """Lower every marked layer; returns how many."""
-        lowering = _Lowering(job)
-        nodes = [node for node in job.graph if node.domain == DOMAIN and node.op_type in ("Linear", "Conv")]
-        for node in nodes:
-            lowering.lower(node)
-        job.quantizers = lowering.quantizers
-        return len(nodes)
+        return _Lowering(job).lower_all()
 
 
-class _Lowering:
+class _Lowering(LayerLowering):
     def __init__(self, job: Job) -> None:
-        self.job = job
-        self.weights = LayerWeights(job)
+        super().__init__(job)
         self.reach = largest_activation(job.scales)
-        self.made: dict[tuple[object, ...], ir.Value] = {}  # what layers share; equal columns of a table are one value
-        self.quantizers = 0
 
     def lower(self, node: ir.Node) -> None:
         x, layer, old = node.inputs[0], attribute(node, "layer"), node.outputs[0]
@@ -80,8 +72,8 @@ class _Lowering:
         assert node.graph is not None
         emit = Emitter(self.job, node, prefix=layer)
         site = self.job.scales.layers[layer]
-        scale, offset = self.job.scale_of[site], self.job.zero_of.get(site)
-        q = self._shared(("q", x, scale, offset), lambda: self._quantize(emit, x, site))
+        scale, offset = self.job.scale_of[site], self.job.offset_of.get(site)
+        q = self.share(("q", x, scale, offset), lambda: self._quantize(emit, x, site))
         integers, weight_scale = self.weights.integers(node)
         unit = accumulator_unit(math.prod(integers.shape[1:]), self.reach)
         y = self._product(emit, node, q, integers, unit)
@@ -105,7 +97,7 @@ class _Lowering:
     def _quantize(self, emit: Emitter, x: ir.Value, site: str) -> ir.Value:
         """float16, of x's shape; with planes [planes * batch, ...]."""
         self.quantizers += 1
-        divided, unit, offset = x, self.job.scale_of[site], self.job.zero_of.get(site)
+        divided, unit, offset = x, self.job.scale_of[site], self.job.offset_of.get(site)
         if _ends_a_group_norm(x):
             shift = self.job.shift_of[site]
             divided = emit("Mul", [x, shift], name="shifted")
@@ -157,13 +149,13 @@ class _Lowering:
             return emit("Div", [is_low, self.job.fineness], name="fine")
 
         return (
-            self._shared(("first", rank), lambda: make("first", is_high)),
-            self._shared(("second", rank), lambda: make("second", fine)),
+            self.share(("first", rank), lambda: make("first", is_high)),
+            self.share(("second", rank), lambda: make("second", fine)),
         )
 
     def _flat_shape(self, emit: Emitter, x: ir.Value) -> ir.Value:
         """int64 [rank]: (-1, x.shape[1:])."""
-        return self._shared(
+        return self.share(
             ("flat shape", *_dims(x)),
             lambda: emit(
                 "Concat",
@@ -187,8 +179,8 @@ class _Lowering:
         The reshape changes nothing; without it TensorRT does not see that the batch is x's again, and refuses ranges of sizes.
         """
         zero = emit.constant([0], "any_zero")
-        batch = self._shared(("batch", *_dims(x)[:1]), lambda: emit("Shape", [x], {"start": 0, "end": 1}, name="batch"))
-        last = self._shared(("last", *_dims(x)[:1]), lambda: emit("Neg", [batch], name="last"))
+        batch = self.share(("batch", *_dims(x)[:1]), lambda: emit("Shape", [x], {"start": 0, "end": 1}, name="batch"))
+        last = self.share(("last", *_dims(x)[:1]), lambda: emit("Neg", [batch], name="last"))
         high = emit("Slice", [y, zero, batch, zero], name="high_part")
         low = emit("Slice", [y, last, emit.constant([TO_THE_END], "end"), zero], name="low_part")
         both = emit("Add", [high, emit("Mul", [low, self.job.low_digit], name="low_share")], name="both_digits")
@@ -197,18 +189,12 @@ class _Lowering:
 
     def _offset_bias(self, emit: Emitter, site: str, sums: np.ndarray, bias: np.ndarray | None) -> ir.Value:
         """float16: what the offset k adds to every output, and the bias: k * s * rowsum(Wq) * w + b."""
-        scale, offset = self.job.scale_of[site], self.job.zero_of[site]
-        moved = self._shared(("moved", scale, offset), lambda: emit("Mul", [scale, offset], name="moved"))
+        scale, offset = self.job.scale_of[site], self.job.offset_of[site]
+        moved = self.share(("moved", scale, offset), lambda: emit("Mul", [scale, offset], name="moved"))
         added = emit("Mul", [moved, emit.constant(sums, f"{emit.prefix}.weight_sums")], name="offset_bias")
         if bias is not None:
             added = emit("Add", [added, emit.constant(bias, f"{emit.prefix}.bias")], name="whole_bias")
         return emit("Cast", [added], {"to": int(HALF)}, name="half_bias")
-
-    def _shared(self, key: tuple[object, ...], make: Callable[[], ir.Value]) -> ir.Value:
-        """What was made for this key, or is made now."""
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
 
 
 def _ends_a_group_norm(x: ir.Value) -> bool:
