@@ -30,6 +30,7 @@ from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds
 from pcr_export.qdiffbench.fidelity import Fidelity, measure_fidelity
+from pcr_export.qdiffbench.painters import engine_call
 from pcr_export.recipe import Recipe
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
@@ -193,7 +194,9 @@ def _quantize(
     job: Job, layers: list[Layer], float_graph: ir.Model, scales_path: Path, path: Path, dialect: str
 ) -> Facts:
     with job.track(f"quantizing the graph for {dialect}", 1) as advance:
-        facts = asdict(quantize_onnx(float_graph, read_step_scales(scales_path), layers, path, dialect))
+        facts = asdict(
+            quantize_onnx(float_graph, read_step_scales(scales_path), layers, path, dialect, job.recipe.weight_bits)
+        )
         advance(1)
     del facts["layers"]  # the report lists every layer under sites
     return facts
@@ -210,7 +213,14 @@ def _validate(job: Job, exported: Exported) -> Facts:
     scales = read_step_scales(job.folder / "step_scales.safetensors")
     with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx") as engine:
         fidelity = measure_fidelity(
-            job.denoiser, exported.layers, scales, engine_call(engine), conditions, seeds, track=job.track
+            job.denoiser,
+            exported.layers,
+            scales,
+            engine_call(engine),
+            conditions,
+            seeds,
+            weight_bits=job.recipe.weight_bits,
+            track=job.track,
         )
     return {"fidelity": _fidelity_facts(fidelity), "engines": [_time_engines(job, exported, scales, conditions, seeds)]}
 
@@ -279,11 +289,6 @@ def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
             exit_code=3,
         )
     return report
-
-
-def engine_call(engine: OnnxRuntimeEngine) -> Callable[[Inputs], torch.Tensor]:
-    """An engine as the network of a walk."""
-    return lambda inputs: torch.from_numpy(engine.run({name: x.numpy() for name, x in inputs.items()}))
 
 
 def make_folder(folder: Path) -> None:

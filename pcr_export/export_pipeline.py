@@ -15,7 +15,6 @@ from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.export import (
     Exported,
     Job,
-    engine_call,
     finish,
     hash_weights,
     make_folder,
@@ -28,6 +27,7 @@ from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
 from pcr_export.qdiffbench.images import generate_images
+from pcr_export.qdiffbench.painters import engine_call, paint_with
 from pcr_export.qdiffbench.quality import find_extractor, measure_quality
 from pcr_export.recipe import Recipe
 from pcr_export.request import ExportRequest
@@ -115,16 +115,15 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         **sampling,
     }
     folders = {name: job.folder / "images" / name for name in ("float", "int8")}
-    batch = max(1, IMAGE_PIXELS_PER_CALL // (job.recipe.height * job.recipe.width))
+    chunk = max(1, IMAGE_PIXELS_PER_CALL // (job.recipe.height * job.recipe.width))
 
     def make(name: str, call: Any) -> Facts:
         generate_images(
-            job.denoiser,
-            call,
+            paint_with(job.denoiser, call),
             prompts,
             seeds,
             folders[name],
-            batch=batch,
+            chunk=chunk,
             description=f"images, {name}",
             track=job.track,
         )

@@ -42,8 +42,9 @@ class Recipe:
         for value, known, flag in ((self.ranges, RANGES, "--ranges"), (self.scheme, SCHEMES, "--scheme")):
             if value not in known:
                 raise PcrExportError(f"{flag} {value} is unknown: choose one of {', '.join(known)}")
-        if (self.weight_bits, self.activation_bits) != (8, 8):
-            raise PcrExportError(f"--bits w{self.weight_bits}a{self.activation_bits} is not supported: use w8a8")
+        if not 4 <= self.weight_bits <= 8 or self.activation_bits != 8:
+            bits = f"w{self.weight_bits}a{self.activation_bits}"
+            raise PcrExportError(f"--bits {bits} is not supported: use w8a8, or w4a8 to w7a8 for fewer bits of weights")
         for name in ("num_inference_steps", "calib_size", "calib_batch", "height", "width"):
             if getattr(self, name) < 1:
                 raise PcrExportError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")

@@ -59,15 +59,18 @@ class LayerWeights:
             assert node.inputs[1] is not None
             tensor = node.inputs[1].const_value
             assert tensor is not None
-            self.latest = (layer, *_quantize(tensor, layer, bool(attribute(node, "transposed", 0))))
+            self.latest = (
+                layer,
+                *_quantize(tensor, layer, bool(attribute(node, "transposed", 0)), self.job.weight_bits),
+            )
             if isinstance(tensor, ir.ExternalTensor):
                 tensor.release()
         return self.latest[1], self.latest[2]
 
 
-def _quantize(tensor: ir.TensorProtocol, layer: str, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+def _quantize(tensor: ir.TensorProtocol, layer: str, transposed: bool, bits: int) -> tuple[np.ndarray, np.ndarray]:
     weight = tensor.numpy()
     try:
-        return quantize_weight(row_major(weight.T if transposed else weight))
+        return quantize_weight(row_major(weight.T if transposed else weight), bits)
     except ValueError as error:
         raise PcrExportError(f"{layer}: {error}; the float network is damaged, load it again") from error

@@ -40,7 +40,12 @@ class GraphReport:
 
 
 def quantize_onnx(
-    source: Path | ir.Model, scales: StepScales, layers: Sequence[Layer], out_path: Path, dialect: str = "onnxruntime"
+    source: Path | ir.Model,
+    scales: StepScales,
+    layers: Sequence[Layer],
+    out_path: Path,
+    dialect: str = "onnxruntime",
+    weight_bits: int = 8,
 ) -> GraphReport:
     """Write the integer form of the float graph to `out_path`, its external data beside it in `<out_path>_data`.
 
@@ -48,10 +53,11 @@ def quantize_onnx(
 
     Args:
         source: what `export_float_onnx` wrote, or what `trace_float_onnx` returned, of which nothing is changed.
-        scales: the activation quantizers; their layers are quantized to int8 weights per output channel, to nearest.
+        scales: the activation quantizers; their layers' weights are quantized per output channel, to nearest.
         layers: every Linear and Conv2d of the network; one with a reason stays float.
         out_path: the model file to write.
         dialect: "onnxruntime" (integer products of uint8 and int8) or "tensorrt" (Q/DQ around float16 operators).
+        weight_bits: 2..8; the file holds int8 whatever they are.
 
     Raises:
         PcrExportError: the float file is unreadable, no layer is quantized, or a layer of `scales` is not in the graph.
@@ -60,7 +66,13 @@ def quantize_onnx(
     model = _load(source) if isinstance(source, Path) else source.clone()
     float_bytes = _bytes(source) if isinstance(source, Path) else _weight_bytes(model)
     with WeightFile(out_path) as weights:
-        job = Job(graph=model.graph, scales=scales, timestep=_timestep(model.graph), weights=weights)
+        job = Job(
+            graph=model.graph,
+            scales=scales,
+            timestep=_timestep(model.graph),
+            weights=weights,
+            weight_bits=weight_bits,
+        )
         rewrites = {each.__name__: each().apply(job) for each in DIALECTS[dialect]}
         _move_weights(job)
         if dialect == "onnxruntime":

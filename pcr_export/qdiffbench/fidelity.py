@@ -59,6 +59,7 @@ def measure_fidelity(
     conditions: Sequence[Any],
     seeds: Sequence[int],
     *,
+    weight_bits: int = 8,
     track: Track = silent,
 ) -> Fidelity:
     """Walk the simulation's trajectory and give the artifact, and the float network, the same inputs at every call.
@@ -73,7 +74,7 @@ def measure_fidelity(
     walk = denoiser.walk(conditions, seeds)
     inputs = next(walk)
     with (
-        Simulation(denoiser, layers, 8) as simulation,
+        Simulation(denoiser, layers, weight_bits) as simulation,
         track("checking the artifact", len(denoiser.timesteps)) as advance,
     ):
         for index in range(len(denoiser.timesteps)):

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.denoiser import Denoiser, Inputs, sample
 from pcr_export.progress import Track, silent
 
 
@@ -27,34 +26,39 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def generate_images(
-    denoiser: Denoiser,
-    call: Callable[[Inputs], Tensor],
+    paint: Callable[[Sequence[str], Sequence[int]], np.ndarray],
     prompts: Sequence[str],
     seeds: Sequence[int],
     folder: Path,
     *,
-    batch: int,
+    chunk: int,
     description: str,
     track: Track = silent,
 ) -> None:
-    """Image i of prompt i and seed i with `call` as the network; images that are there already are kept.
+    """Image i of prompt i and seed i; images that are there already are kept.
 
-    Raises ValueError where the denoiser has no `decode`.
+    Prompts are painted in chunks that depend on nothing else: [0, chunk), [chunk, 2 chunk), ... A chunk of which one image is
+    missing is painted again as a whole, so that a stopped run ends with the pixels of an undisturbed one.
     """
-    if denoiser.decode is None:
-        raise ValueError("a denoiser without decode makes no images")
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [index for index in range(len(prompts)) if not image_path(folder, index).exists()]
     with track(description, len(prompts)) as advance:
-        advance(len(prompts) - len(missing))
-        for start in range(0, len(missing), batch):
-            indices = missing[start : start + batch]
-            latents = sample(denoiser, call, [prompts[i] for i in indices], [seeds[i] for i in indices])
-            with torch.inference_mode():
-                pixels = to_uint8(denoiser.decode(latents))
-            for index, image in zip(indices, pixels, strict=True):
-                write_png(image, image_path(folder, index))
+        missing = missing_chunks(folder, len(prompts), chunk)
+        advance(len(prompts) - sum(map(len, missing)))
+        for indices in missing:
+            write_chunk(paint([prompts[i] for i in indices], [seeds[i] for i in indices]), folder, indices)
             advance(len(indices))
+
+
+def missing_chunks(folder: Path, count: int, chunk: int) -> list[range]:
+    """The chunks of `count` images of which at least one is not in `folder`."""
+    chunks = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    return [indices for indices in chunks if not all(image_path(folder, index).exists() for index in indices)]
+
+
+def write_chunk(pixels: np.ndarray, folder: Path, indices: range) -> None:
+    """Write uint8 [len(indices), height, width, 3] as the images of these indices."""
+    for index, image in zip(indices, pixels, strict=True):
+        write_png(image, image_path(folder, index))
 
 
 def write_png(image: np.ndarray, path: Path) -> None:

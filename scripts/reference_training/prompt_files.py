@@ -15,12 +15,12 @@ Writer = Callable[[Scene, np.random.Generator], str]
 
 
 def write_prompt_files(folder: Path) -> None:
-    """Write 256 calibration prompts, 512 of held-out scenes, and 512 of held-out scenes in a foreign wording."""
+    """Write 256 calibration prompts, 2048 of held-out scenes, and 2048 of held-out scenes in a foreign wording."""
     calibration = draw_prompts(256, 101, write_caption, held_out=False)
     files = {
         "tiny-sdxl.txt": calibration,
-        "tiny-sdxl-eval.txt": draw_prompts(512, 102, write_caption, held_out=True),
-        "tiny-sdxl-out-of-domain.txt": draw_prompts(512, 103, write_foreign_caption, held_out=True),
+        "tiny-sdxl-eval.txt": draw_prompts(2048, 102, write_caption, held_out=True),
+        "tiny-sdxl-out-of-domain.txt": draw_prompts(2048, 103, write_foreign_caption, held_out=True),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in files.items():

@@ -43,7 +43,7 @@ def test_every_word_is_one_token(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("tiny-sdxl.txt", 256), ("tiny-sdxl-eval.txt", 512), ("tiny-sdxl-out-of-domain.txt", 512)],
+    [("tiny-sdxl.txt", 256), ("tiny-sdxl-eval.txt", 2048), ("tiny-sdxl-out-of-domain.txt", 2048)],
 )
 def test_prompt_files_hold_distinct_prompts_that_fit(name: str, count: int) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")

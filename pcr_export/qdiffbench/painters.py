@@ -1,0 +1,146 @@
+"""What makes images: the float model, an artifact's UNet, a whole exported folder, or the simulation; plain data until opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pcr_export.calibrate.layers import find_layers
+from pcr_export.calibrate.simulate import Simulation, simulated_call
+from pcr_export.deploy.run import load_exported_model
+from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.models.catalog import resolve
+from pcr_export.models.denoiser import Denoiser, Inputs, sample
+from pcr_export.models.load import load_model
+from pcr_export.qdiffbench.images import to_uint8
+from pcr_export.recipe import Recipe, recipe_from_json
+from pcr_export.step_scales import read_step_scales
+
+Paint = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds -> uint8 [batch, height, width, 3]
+
+
+class Painter(Protocol):
+    """Says how images are made. It can be pickled: a worker process opens it for itself."""
+
+    def open(self, threads: int) -> AbstractContextManager[Paint]:
+        """The function that paints a batch, with `threads` threads. Raises PcrExportError where the model can't be loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """A model and how it is sampled, as an export's recipe has it."""
+
+    model: str
+    num_inference_steps: int
+    guidance_scale: float
+    height: int  # pixels
+    width: int  # pixels
+
+    def load(self) -> Denoiser:
+        """The float model as a Denoiser."""
+        names = ("num_inference_steps", "guidance_scale", "height", "width")
+        entry = replace(resolve(self.model), **{name: getattr(self, name) for name in names})
+        return load_model(entry).denoiser()
+
+
+def settings_of(recipe: Recipe) -> ModelSettings:
+    """The model of a recipe and how it is sampled."""
+    names = ("model", "num_inference_steps", "guidance_scale", "height", "width")
+    return ModelSettings(**{name: getattr(recipe, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatPainter:
+    """The FP32 model."""
+
+    settings: ModelSettings
+
+    @contextmanager
+    def open(self, threads: int) -> Iterator[Paint]:
+        """As Painter says."""
+        with torch_threads(threads):
+            denoiser = self.settings.load()
+            yield paint_with(denoiser, denoiser)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetPainter:
+    """The float model with an ONNX graph in the place of its UNet."""
+
+    settings: ModelSettings
+    onnx_path: Path
+
+    @contextmanager
+    def open(self, threads: int) -> Iterator[Paint]:
+        """As Painter says."""
+        with torch_threads(threads), OnnxRuntimeEngine(self.onnx_path, threads=threads) as engine:
+            yield paint_with(self.settings.load(), engine_call(engine))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderPainter:
+    """An exported folder alone: nothing of the float model is read."""
+
+    folder: Path
+
+    @contextmanager
+    def open(self, threads: int) -> Iterator[Paint]:
+        """As Painter says."""
+        with torch_threads(threads):
+            denoiser = load_exported_model(self.folder, threads).denoiser()
+            yield paint_with(denoiser, denoiser)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationPainter:
+    """The float model computing with the arithmetic of the quantized graph of an exported folder."""
+
+    settings: ModelSettings
+    folder: Path
+
+    @contextmanager
+    def open(self, threads: int) -> Iterator[Paint]:
+        """As Painter says."""
+        with torch_threads(threads):
+            denoiser = self.settings.load()
+            recipe = recipe_from_json((self.folder / "recipe.json").read_text("utf-8"))
+            scales = read_step_scales(self.folder / "step_scales.safetensors")
+            layers = find_layers(denoiser, next(denoiser.walk(["", ""], [0, 1])), recipe.skip)
+            with Simulation(denoiser, layers, recipe.weight_bits) as simulation:
+                yield paint_with(denoiser, simulated_call(simulation, scales, denoiser.timestep))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """`count` threads of torch inside, as many as before outside. Float sums differ in the last digit with their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def engine_call(engine: OnnxRuntimeEngine) -> Callable[[Inputs], torch.Tensor]:
+    """An engine as the network of a walk."""
+    return lambda inputs: torch.from_numpy(engine.run({name: x.numpy() for name, x in inputs.items()}))
+
+
+def paint_with(denoiser: Denoiser, call: Callable[[Inputs], torch.Tensor]) -> Paint:
+    """Paint with `call` as the denoiser's network. Raises ValueError where the denoiser has no `decode`."""
+    if denoiser.decode is None:
+        raise ValueError("a denoiser without decode makes no images")
+    decode = denoiser.decode
+
+    def paint(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        latents = sample(denoiser, call, prompts, seeds)
+        with torch.inference_mode():
+            return to_uint8(decode(latents))
+
+    return paint
