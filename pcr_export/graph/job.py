@@ -35,9 +35,6 @@ class Job:
         default_factory=dict
     )  # affine site -> this step's 128 - zero point, float32 [1]
     fineness: ir.Value | None = None  # this step's 2^(8 - bits), float32 [1], where some step is relaxed
-    shift_of: dict[str, ir.Value] = field(
-        default_factory=dict
-    )  # site -> this step's power of two near 1 / scale, float16 [1]
     low_digit: ir.Value | None = None  # this step's 2^(8 - bits), 0 where it is not relaxed, float16 [1]
     planes: ir.Value | None = None  # int64 [1 or 2]: the digits of this step's activations, where they share an axis
     own: set[ir.Value] = field(default_factory=set)  # initializers that the passes made

@@ -5,6 +5,7 @@ from pcr_export.graph.passes.absorb_upsampling import AbsorbUpsampling
 from pcr_export.graph.passes.branch_on_relaxed import BranchOnRelaxed
 from pcr_export.graph.passes.channels_last import ChannelsLast
 from pcr_export.graph.passes.choose_planes import ChoosePlanes
+from pcr_export.graph.passes.expand_group_norm import ExpandGroupNorm
 from pcr_export.graph.passes.find_layers import FindLayers
 from pcr_export.graph.passes.find_step import FindStep
 from pcr_export.graph.passes.flatten_attention import FlattenAttention
@@ -38,6 +39,7 @@ ONNXRUNTIME_PASSES: tuple[type[Pass], ...] = (
 TENSORRT_PASSES: tuple[type[Pass], ...] = (
     FindLayers,
     ToHalf,
+    ExpandGroupNorm,
     FindStep,
     ChoosePlanes,  # one or two digits per activation, where some step is relaxed
     GatherQdqScales,

@@ -8,15 +8,11 @@ from pcr_export.graph.job import Job
 from pcr_export.graph.passes.gather_scales import gather_row
 from pcr_export.step_scales import ZERO_POINT_SYMMETRIC
 
-LOWEST, HIGHEST = -14, 15  # exponents of float16's normal powers of two
-HEADROOM = 8  # binary digits: x * h overflows float16 only where |x / s| passes 2^23
-
 
 class GatherQdqScales:
     """What LowerToQdq reads, by site, each [1]:
 
-    scale s float32;    offset k = 128 - zero_point float32, where a step's is not 0;
-    shift h float16, the power of two with s * h in [2^-8, 2^-7): x * h is exact in float16
+    scale s float32;    offset k = 128 - zero_point float32, where a step's is not 0
     """
 
     def apply(self, job: Job) -> int:
@@ -25,12 +21,6 @@ class GatherQdqScales:
         offset = (ZERO_POINT_SYMMETRIC - scales.zero_point.astype(np.int16)).astype(np.float32)
         affine = {site for site, column in zip(scales.sites, offset.T, strict=True) if column.any()}
         job.scale_of = gather_row(job, scales.scale, "scale")
-        job.shift_of = gather_row(job, _shifts(scales.scale), "shift")
         rows = gather_row(job, offset, "offset") if affine else {}
         job.offset_of = {site: rows[site] for site in affine}
         return len(affine)
-
-
-def _shifts(scale: np.ndarray) -> np.ndarray:
-    exponents = np.frexp(scale)[1] - 1  # scale = mantissa * 2^exponent with mantissa in [1, 2)
-    return np.exp2(np.clip(-exponents - HEADROOM, LOWEST, HIGHEST)).astype(np.float16)

@@ -44,8 +44,7 @@ class LowerToQdq:
         a = round(x / s) - k                                                     float32; TensorRT's quantizer has no zero point
         y = op(DQ(Q(a, 1), 1), DQ(Wq, c)) * (w / c * s) + (k * s * rowsum(Wq) * w + b)
 
-    Behind a group norm x / s is (x * h) / (s * h) with h a power of two: its kernel ends before the step's scale is read, and
-    writes float16 then. The sums c * Wq q fit float16 by the choice of c; c is equal for equal fan-in, so that TensorRT merges
+    The sums c * Wq q fit float16 by the choice of c; c is equal for equal fan-in, so that TensorRT merges
     the products that read one tensor. A padded convolution has k = 0, since its zeros stand for x = 0.
 
     Where some step is relaxed, the digits lie behind one another on the batch axis, as many as `planes` has entries; r = 2^(bits - 8):
@@ -97,12 +96,8 @@ class _Lowering(LayerLowering):
     def _quantize(self, emit: Emitter, x: ir.Value, site: str) -> ir.Value:
         """float16, of x's shape; with planes [planes * batch, ...]."""
         self.quantizers += 1
-        divided, unit, offset = x, self.job.scale_of[site], self.job.offset_of.get(site)
-        if _ends_a_group_norm(x):
-            shift = self.job.shift_of[site]
-            divided = emit("Mul", [x, shift], name="shifted")
-            unit = emit("Mul", [unit, emit("Cast", [shift], {"to": int(FLOAT)}, name="shift")], name="unit")
-        steps = emit("Div", [emit("Cast", [divided], {"to": int(FLOAT)}, name="float"), unit], name="steps")
+        scale, offset = self.job.scale_of[site], self.job.offset_of.get(site)
+        steps = emit("Div", [emit("Cast", [x], {"to": int(FLOAT)}, name="float"), scale], name="steps")
         if self.job.planes is not None:
             a = self._digits(emit, x, steps, offset)
         elif offset is not None:
@@ -195,13 +190,6 @@ class _Lowering(LayerLowering):
         if bias is not None:
             added = emit("Add", [added, emit.constant(bias, f"{emit.prefix}.bias")], name="whole_bias")
         return emit("Cast", [added], {"to": int(HALF)}, name="half_bias")
-
-
-def _ends_a_group_norm(x: ir.Value) -> bool:
-    """Whether x is a group norm's output or an activation of it."""
-    node = x.producer()
-    near = [] if node is None else [node, *(value.producer() for value in node.inputs if value is not None)]
-    return any(each is not None and each.op_type == "GroupNormalization" for each in near)
 
 
 def _bias(node: ir.Node, column: tuple[int, ...]) -> np.ndarray | None:
