@@ -12,6 +12,7 @@ from pcr_export.graph.passes import DIALECTS, TENSORRT_PASSES
 from pcr_export.graph.passes.branch_on_relaxed import BranchOnRelaxed
 from pcr_export.graph.passes.choose_planes import ChoosePlanes
 from pcr_export.graph.passes.find_layers import FindLayers
+from pcr_export.graph.passes.expand_group_norm import ExpandGroupNorm
 from pcr_export.graph.passes.find_step import FindStep
 from pcr_export.graph.passes.gather_qdq_scales import GatherQdqScales
 from pcr_export.graph.passes.lower_to_qdq import _Lowering
@@ -169,7 +170,17 @@ def _with(choose: type[Pass]) -> tuple[type[Pass], ...]:
 FORMS: dict[str, tuple[type[Pass], ...]] = {
     LENGTH_APART: _with(ChoosePlanesApart),
     TWO_PROFILES: _with(PlanesAsInput),
-    WHOLE_IF: (SpellOutAttention, FindLayers, ToHalf, FindStep, GatherQdqScales, BranchOnRelaxed, LowerBranches, Tidy),
+    WHOLE_IF: (
+        SpellOutAttention,
+        FindLayers,
+        ToHalf,
+        ExpandGroupNorm,
+        FindStep,
+        GatherQdqScales,
+        BranchOnRelaxed,
+        LowerBranches,
+        Tidy,
+    ),
 }
 
 
