@@ -11,8 +11,8 @@ from pcr_export.graph.job import DOMAIN, Emitter, Job, Pass, attribute, replace_
 from pcr_export.graph.passes import DIALECTS, TENSORRT_PASSES
 from pcr_export.graph.passes.branch_on_relaxed import BranchOnRelaxed
 from pcr_export.graph.passes.choose_planes import ChoosePlanes
-from pcr_export.graph.passes.find_layers import FindLayers
 from pcr_export.graph.passes.expand_group_norm import ExpandGroupNorm
+from pcr_export.graph.passes.find_layers import FindLayers
 from pcr_export.graph.passes.find_step import FindStep
 from pcr_export.graph.passes.gather_qdq_scales import GatherQdqScales
 from pcr_export.graph.passes.lower_to_qdq import _Lowering

@@ -81,7 +81,7 @@ def main(
 ) -> None:
     """Measure and print the table."""
     rows = measure(model, images, out, seed, json.loads(changes))
-    table = Table(title=f"{model}, {images} images, extractor {rows[0].quality['extractor']}")
+    table = Table(title=f"{model}, {images} images, extractor {rows[0].quality['protocol']['extractor']}")
     for column in ("scheme", "Frechet to FP32", "CLIP", "CLIP FP32", "PSNR dB"):
         table.add_column(column, justify="left" if column == "scheme" else "right")
     for row in rows:
