@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from pcr_export.graph.job import Emitter, Job, attribute, constant_array, replace_value
+from pcr_export.graph.job import Emitter, Job, attribute, replace_value
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -32,10 +32,7 @@ class ExpandGroupNorm:
         x = node.inputs[0]
         assert x is not None
         groups = attribute(node, "num_groups")
-        gamma, beta = (
-            emit.constant(_array(value).astype(np.float32).reshape(1, groups, -1), f"{emit.prefix}.{name}")
-            for value, name in zip(node.inputs[1:], ("gamma", "beta"), strict=True)
-        )
+        gamma, beta = (self._by_group(emit, value, groups, name) for value, name in _weights(node))
         wide = emit("Cast", [x], {"to": int(FLOAT)}, name="float")
         mean = self._group_mean(emit, wide, groups, "mean")
         power = self._group_mean(emit, emit("Mul", [wide, wide], name="square"), groups, "power")
@@ -55,6 +52,11 @@ class ExpandGroupNorm:
         half.shape, half.type = old.shape, old.type
         return half
 
+    def _by_group(self, emit: Emitter, weight: ir.Value | None, groups: int, name: str) -> ir.Value:
+        """float32 [1, groups, channels of a group], which the builder computes once."""
+        wide = emit("Cast", [weight], {"to": int(FLOAT)}, name=f"{name}_float")
+        return emit("Reshape", [wide, emit.constant([1, groups, -1], f"weights_{groups}")], name=name)
+
     def _group_mean(self, emit: Emitter, x: ir.Value, groups: int, name: str) -> ir.Value:
         """float32 [batch, groups, 1]."""
         by_channel = emit(
@@ -71,7 +73,5 @@ def _is_picture(node: ir.Node) -> bool:
     return x is not None and x.dtype == HALF and x.shape is not None and len(x.shape) == 4
 
 
-def _array(value: ir.Value | None) -> np.ndarray:
-    array = constant_array(value)
-    assert array is not None
-    return array
+def _weights(node: ir.Node) -> list[tuple[ir.Value | None, str]]:
+    return list(zip(node.inputs[1:], ("gamma", "beta"), strict=True))
