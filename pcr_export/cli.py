@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from pcr_export import __version__
 from pcr_export.engine_settings import BACKENDS, EngineSettings
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Advance
-from pcr_export.recipe import RANGES, SCHEMES, Recipe
+from pcr_export.recipe import RANGES, REDUCTIONS, SCHEMES, Recipe
 from pcr_export.request import ExportRequest
 
 INTERRUPTED = 130
@@ -85,7 +86,19 @@ def export(
     affine: Annotated[
         bool, typer.Option("--affine/--symmetric", help="zero offsets where they are free")
     ] = Recipe.affine,
-    relax: Annotated[str | None, typer.Option(help="none, first:20%, last:20%, 0:4,17 [default: the model's]")] = None,
+    observed_steps: Annotated[
+        str, typer.Option(help="steps that --scheme static sees: all, uniform:10, normal:64")
+    ] = Recipe.observed_steps,
+    reduce: Annotated[
+        str, typer.Option(help=f"how --scheme static joins them: {', '.join(REDUCTIONS)}")
+    ] = Recipe.reduce,
+    smooth_quant: Annotated[
+        float | None, typer.Option(help="SmoothQuant's alpha for Linears [default: not smoothed]")
+    ] = Recipe.smooth_quant,
+    split_shortcut: Annotated[
+        bool, typer.Option("--split-shortcut", help="a scale for each half of what a 1x1 convolution joins")
+    ] = Recipe.split_shortcut,
+    relax: Annotated[str | None, typer.Option(help="none, last:20%, 0:4,17, auto:8.4 [default: the model's]")] = None,
     relax_bits: Annotated[int, typer.Option(help="activation bits of relaxed steps, 9 to 15")] = Recipe.relax_bits,
     skip: Annotated[list[str] | None, typer.Option(help="one more module path pattern that stays float")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = Recipe.seed,
@@ -100,6 +113,10 @@ def export(
     if dry_run:
         _print_rows(request.plan_rows(), "plan")
         return
+    _export(request, verbose)
+
+
+def _export(request: ExportRequest, verbose: bool) -> None:
     with console.status("importing torch and diffusers"):
         from pcr_export.export_pipeline import run_request
         from pcr_export.report import build_commands, summary_rows
@@ -175,6 +192,104 @@ def compare(
     from pcr_export.engines.compare import compare_folder, table_rows
 
     _print_rows(table_rows(compare_folder(folder, target or (), runs=runs, track=track)), str(folder))
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="an exported folder, e.g. engines/tiny-sdxl-w8a8")],
+    prompts: Annotated[list[Path] | None, typer.Option(help="prompt set, may be given again [default: own]")] = None,
+    images: Annotated[int | None, typer.Option(help="of each prompt set, the first ones [default: all]")] = None,
+    real: Annotated[Path | None, typer.Option(help="folder of real images, for FID to them")] = None,
+    workers: Annotated[int, typer.Option(help="processes that paint, through Ray where more than 1")] = 1,
+    threads: Annotated[int, typer.Option(help="of each worker; changes the last digits")] = 1,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster [default: this machine]")] = None,
+    inception: Annotated[Path | None, typer.Option(help="InceptionV3 weights of torch-fidelity")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP that judges: hub id or folder [default: by model]")] = None,
+    model: Annotated[str | None, typer.Option(help="the float model, if not where the recipe says")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the initial noise [default: the recipe's]")] = None,
+    resume: Annotated[bool, typer.Option(help="keep images and scores that an earlier run finished")] = True,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tell more, and show tracebacks")] = False,
+) -> None:
+    """Run QDiffBench on an exported folder: images of both models, their scores, evaluation.json and report.html."""
+    with console.status("importing torch and diffusers"):
+        from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
+        from pcr_export.qdiffbench.features import find_extractors
+    evaluation = Evaluation(
+        folder=folder,
+        prompts=prompts or (),
+        images=images,
+        real=real,
+        model=model,
+        seed=seed,
+        workers=workers,
+        threads=threads,
+        address=address,
+        resume=resume,
+        command=shlex.join(["pcr-export", *sys.argv[1:]]),
+        track=track,
+        log=console.print if verbose else lambda _line: None,
+    )
+    evaluation.domains()  # what is wrong with them is told before networks are fetched
+    extractors = find_extractors(evaluation.source, inception=inception, clip=clip)
+    try:
+        result = evaluate_folder(evaluation, extractors)
+    except KeyboardInterrupt as stop:
+        raise PcrExportError("stopped; the same command goes on from here", exit_code=INTERRUPTED) from stop
+    _print_rows(table_rows(result), str(folder))
+
+
+@app.command()
+def study(
+    model: Annotated[str, typer.Argument(help="catalog name (tiny-sdxl, sd15, sdxl, ...), hub id or diffusers folder")],
+    out: Annotated[Path, typer.Option(help="parent of the folder study-NAME")] = Path("engines"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="the table [default: study.json in that folder]")
+    ] = None,
+    schemes: Annotated[str | None, typer.Option(help="some of the schemes, separated by commas [default: all]")] = None,
+    images: Annotated[int | None, typer.Option(help="of each prompt set, the first ones [default: all]")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps [default: the model's]")] = None,
+    calib_size: Annotated[int, typer.Option(help="calibration prompts (not batches)")] = Recipe.calib_size,
+    prompts_file: Annotated[Path | None, typer.Option(help="calibration prompts")] = None,
+    in_domain_file: Annotated[Path | None, typer.Option(help="prompts like those of the calibration")] = None,
+    out_of_domain_file: Annotated[Path | None, typer.Option(help="prompts unlike those of the calibration")] = None,
+    simulation_seeds: Annotated[int, typer.Option(help="calibrations whose simulation is scored beside")] = 0,
+    calibration_sets: Annotated[bool, typer.Option("--calibration-sets", help="sizes and kinds of them")] = False,
+    scale_bars: Annotated[bool, typer.Option("--scale-bars", help="FP16, and FP32 with other noise")] = False,
+    workers: Annotated[int, typer.Option(help="processes that paint, through Ray where more than 1")] = 1,
+    threads: Annotated[int, typer.Option(help="of each worker; changes the last digits")] = 1,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster [default: this machine]")] = None,
+    inception: Annotated[Path | None, typer.Option(help="InceptionV3 weights of torch-fidelity")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP that judges: hub id or folder [default: by model]")] = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tell more, and show tracebacks")] = False,
+) -> None:
+    """Run QDiffBench's table: every scheme on the same prompts and noise, each scored as an exported artifact."""
+    with console.status("importing torch and diffusers"):
+        from pcr_export.study import Workers
+        from pcr_export.study_table import StudyRequest, run_study, table_rows
+    request = StudyRequest(
+        model=model,
+        out=out,
+        json_file=json_file,
+        schemes=tuple(name.strip() for name in schemes.split(",")) if schemes else (),
+        images=images,
+        steps=steps,
+        calib_size=calib_size,
+        prompts_file=prompts_file,
+        in_domain_file=in_domain_file,
+        out_of_domain_file=out_of_domain_file,
+        simulation_seeds=simulation_seeds,
+        calibration_sets=calibration_sets,
+        scale_bars=scale_bars,
+        workers=Workers(workers=workers, threads=threads, address=address),
+        inception=inception,
+        clip=clip,
+        command=shlex.join(["pcr-export", *sys.argv[1:]]),
+    )
+    try:
+        content = run_study(request, track=track, log=console.print if verbose else lambda _line: None)
+    except KeyboardInterrupt as stop:
+        raise PcrExportError("stopped; the same command goes on from here", exit_code=INTERRUPTED) from stop
+    _print_rows(table_rows(content), str(request.folder))
 
 
 def main() -> None:

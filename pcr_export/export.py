@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import resource
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from pcr_export import __version__
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
+from pcr_export.calibrate.rewrite_network import rewrite_network, rewrites_network
 from pcr_export.calibrate.state import CalibrationState
 from pcr_export.engine_settings import EngineSettings, Range
 from pcr_export.engines.engine_folder import tensorrt_onnx
@@ -31,7 +31,10 @@ from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds
 from pcr_export.qdiffbench.fidelity import Fidelity, measure_fidelity
 from pcr_export.qdiffbench.painters import engine_call
+from pcr_export.qdiffbench.relax_search import RelaxSearch
+from pcr_export.qdiffbench.sensitivity import Sensitivity
 from pcr_export.recipe import Recipe
+from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
 from pcr_export.stages import Facts, Key, Stages, key_hash, write_json, write_text
@@ -41,7 +44,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 FIDELITY_PROMPTS = 16
-FIDELITY_PIXELS = 2**18  # prompts, times height and width
+SENSITIVITY_PROMPTS = 32
+MEASURED_PIXELS = 2**18  # of both: prompts, times height and width
 LATENCY_RUNS = 10
 EXAMPLE_CONDITIONS = 2  # of the call that the network is traced with: a batch that may vary is larger than 1
 
@@ -57,6 +61,7 @@ class Job:
     seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' text and the recipe's seed
     engines: EngineSettings = field(default_factory=EngineSettings)
     walk_key: Key = field(default_factory=dict)  # hashes of what the walk depends on besides the network and the recipe
+    float_graph: Callable[[], ir.Model] | None = None  # of the network, where it is traced already
     resume: bool = True
     validate: bool = True
     track: Track = silent
@@ -66,15 +71,22 @@ class Job:
         """One seed per condition."""
         return self.seeds or prompt_seeds([str(condition) for condition in self.conditions], self.recipe.seed)
 
+    def measured_batch(self, most: int) -> tuple[Sequence[Any], Sequence[int]]:
+        """The first conditions and their seeds: `most`, or as many as MEASURED_PIXELS allow."""
+        count = max(1, min(most, MEASURED_PIXELS // (self.recipe.height * self.recipe.width)))
+        return self.conditions[:count], self.noise_seeds()[:count]
+
 
 @dataclass(frozen=True)
 class Exported:
     """An export so far: what later stages and the report need."""
 
+    denoiser: Denoiser  # what was quantized: the job's, its network rewritten where the recipe tells to
     layers: list[Layer]
     stages: Stages
     key: Key  # of the quantized graph
     calibration: Facts
+    relaxed: Facts  # which steps, and where they were searched the errors of that choice
     graph: Facts
     engines: list[Facts]  # of TensorRT
     float_graph: Callable[[], ir.Model]  # traced where it is first needed
@@ -92,29 +104,27 @@ def export_denoiser(job: Job) -> dict[str, Any]:
 
 
 def quantize_denoiser(job: Job) -> Exported:
-    """Calibrate and write step_scales.safetensors, recipe.json and unet/model.onnx."""
+    """Calibrate and write step_scales.safetensors, recipe.json and unet/model.onnx; search the relaxed steps where they are to be."""
     folder, stages = job.folder, Stages(job.folder / ".stages", resume=job.resume, log=job.log)
     check_engines(job.engines)
     make_folder(folder)
     seeds = job.noise_seeds()
     example = next(job.denoiser.walk([job.conditions[0]] * EXAMPLE_CONDITIONS, [seeds[0]] * EXAMPLE_CONDITIONS))
     axes = _engine_axes(job, example)
-    layers = find_layers(job.denoiser, example, job.recipe.skip)
-    weights = {"weights": hash_weights(job.denoiser.network), "version": __version__, "torch": torch.__version__}
-    calibration_key = {
-        **weights,
-        **job.walk_key,
-        "recipe": job.recipe.hash(),
-        "calibration set": key_hash(
-            {str(seed): str(condition) for seed, condition in zip(seeds, job.conditions, strict=True)}
-        ),
-    }
     scales_path, graph_path = folder / "step_scales.safetensors", folder / "unet" / "model.onnx"
     write_text(folder / "recipe.json", job.recipe.to_json())
+    float_graph = job.float_graph or functools.cache(functools.partial(_trace, job, example))
+    job, choice = search_relaxed_steps(replace(job, float_graph=float_graph))
+    calibration_key = _calibration_key(job)
+    if rewrites_network(job.recipe):
+        rewritten = rewrite_network(job.denoiser, example, job.conditions, seeds, job.recipe, track=job.track)
+        job = replace(job, denoiser=rewritten)
+        float_graph = functools.cache(functools.partial(_trace, job, example))
+    layers = find_layers(job.denoiser, example, job.recipe.skip)
     calibration = stages.run(
         "calibrate", calibration_key, [scales_path], lambda: _calibrate(job, layers, calibration_key, scales_path)
     )
-    float_graph = functools.cache(lambda: _trace(job, example))
+    relaxed = _relaxed_facts(read_step_scales(scales_path), choice)
     graph_key = {**calibration_key, "scales": hash_file(scales_path)}
 
     def lower(dialect: str, path: Path) -> Facts:
@@ -130,7 +140,65 @@ def quantize_denoiser(job: Job) -> Exported:
         path = tensorrt_onnx(folder)
         stages.run("quantize-tensorrt", graph_key, [path], lambda: lower("tensorrt", path))
         engines = _make_engines(job, layers, axes, float_graph)
-    return Exported(layers, stages, graph_key, calibration, graph, engines, float_graph)
+    return Exported(job.denoiser, layers, stages, graph_key, calibration, relaxed, graph, engines, float_graph)
+
+
+def _calibration_key(job: Job) -> Key:
+    """What a calibration depends on."""
+    seeds_and_conditions = zip(job.noise_seeds(), job.conditions, strict=True)
+    return {
+        "weights": hash_weights(job.denoiser.network),
+        "version": __version__,
+        "torch": torch.__version__,
+        **job.walk_key,
+        "recipe": job.recipe.hash(),
+        "calibration set": key_hash({str(seed): str(condition) for seed, condition in seeds_and_conditions}),
+    }
+
+
+def _relaxed_facts(scales: StepScales, choice: Facts) -> Facts:
+    steps = [step for step, bits in enumerate(scales.bits) if bits > 8]
+    return {"steps": steps, "mean_activation_bits": float(scales.bits.mean()), **choice}
+
+
+def search_relaxed_steps(job: Job) -> tuple[Job, Facts]:
+    """The job with the steps that were found in the place of "auto:MEAN", and the errors of that choice; no facts for other jobs."""
+    path, recipe = job.folder / "sensitivity.json", job.recipe
+    mean_bits = searched_mean_bits(recipe.relax, recipe.relax_bits)
+    if mean_bits is None:
+        path.unlink(missing_ok=True)  # of a search whose result is not what this export relaxes
+        return job, {}
+    chosen = relax_search(job).choose(mean_bits, recipe.relax, path)
+    return replace(job, recipe=replace(recipe, relax=format_steps(chosen["steps"]))), {
+        name: chosen[name] for name in ("choice", "errors")
+    }
+
+
+def measure_sensitivity(job: Job) -> Sensitivity:
+    """What relaxing each step alone does to the final latents; measured once and kept, whatever job.recipe.relax is."""
+    return relax_search(job).sensitivity()
+
+
+def relax_search(job: Job) -> RelaxSearch:
+    """The search of a job's relaxed steps."""
+    conditions, seeds = job.measured_batch(SENSITIVITY_PROMPTS)
+
+    def quantize(relax: str, folder: Path) -> Exported:
+        recipe = replace(job.recipe, relax=relax)
+        return quantize_denoiser(replace(job, recipe=recipe, folder=folder, engines=EngineSettings()))
+
+    return RelaxSearch(
+        denoiser=job.denoiser,
+        conditions=conditions,
+        seeds=seeds,
+        relax_bits=job.recipe.relax_bits,
+        key=_calibration_key(replace(job, recipe=replace(job.recipe, relax="none"))),
+        folder=job.folder / ".stages",
+        quantize=quantize,
+        resume=job.resume,
+        track=job.track,
+        log=job.log,
+    )
 
 
 def _engine_axes(job: Job, example: Inputs) -> dict[str, Range]:
@@ -208,12 +276,11 @@ def validate_artifact(job: Job, exported: Exported) -> Facts:
 
 
 def _validate(job: Job, exported: Exported) -> Facts:
-    count = max(1, min(FIDELITY_PROMPTS, FIDELITY_PIXELS // (job.recipe.height * job.recipe.width)))
-    conditions, seeds = job.conditions[:count], job.noise_seeds()[:count]
+    conditions, seeds = job.measured_batch(FIDELITY_PROMPTS)
     scales = read_step_scales(job.folder / "step_scales.safetensors")
     with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx") as engine:
         fidelity = measure_fidelity(
-            job.denoiser,
+            exported.denoiser,
             exported.layers,
             scales,
             engine_call(engine),
@@ -275,6 +342,7 @@ def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
         job.recipe,
         exported.layers,
         calibration=exported.calibration,
+        relaxed=exported.relaxed,
         graph=exported.graph,
         engines=[*validation.get("engines", []), *exported.engines],
         validation=validation,
@@ -318,9 +386,3 @@ def hash_file(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def remove_folder(path: Path) -> None:
-    """Delete a folder that may not be there."""
-    if path.exists():
-        shutil.rmtree(path)

@@ -19,19 +19,19 @@ from pcr_export.export import (
     hash_weights,
     make_folder,
     quantize_denoiser,
-    remove_folder,
     validate_artifact,
 )
 from pcr_export.export_engines import check_engines
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
-from pcr_export.qdiffbench.images import generate_images
+from pcr_export.qdiffbench.features import own_extractors
+from pcr_export.qdiffbench.images import forget_images_of_another_key, generate_images
 from pcr_export.qdiffbench.painters import engine_call, paint_with
-from pcr_export.qdiffbench.quality import find_extractor, measure_quality
+from pcr_export.qdiffbench.scores import measure_scores
 from pcr_export.recipe import Recipe
 from pcr_export.request import ExportRequest
-from pcr_export.stages import Facts, key_hash, write_text
+from pcr_export.stages import Facts, key_hash
 
 IMAGE_PIXELS_PER_CALL = 2**18
 
@@ -137,19 +137,14 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         ("float", float_key, lambda: make("float", job.denoiser)),
         ("int8", {**exported.key, **float_key}, make_int8),
     ):
-        _forget_images_of_another_key(folders[name], key_hash(key) if job.resume else "")
+        forget_images_of_another_key(folders[name], key_hash(key) if job.resume else "")
         exported.stages.run(f"images-{name}", key, [folders[name]], action)
-    return exported.stages.run(
-        "quality",
-        {**exported.key, **float_key},
-        [],
-        lambda: asdict(measure_quality(folders["int8"], folders["float"], prompts, find_extractor(source))),
-    )
+    extractors = own_extractors(source)
 
+    def measure() -> Facts:
+        facts = asdict(measure_scores(folders["int8"], folders["float"], prompts, extractors, track=job.track))
+        del facts["per_image"]
+        return facts
 
-def _forget_images_of_another_key(folder: Path, key: str) -> None:
-    """Images are kept one by one and resumed; those made under another key, or under none, are deleted first."""
-    mark = folder / ".key"
-    if not (key and mark.is_file() and mark.read_text() == key):
-        remove_folder(folder)
-        write_text(mark, key)
+    key = {**exported.key, **float_key, "extractors": extractors.name if extractors else "none"}
+    return exported.stages.run("quality", key, [], measure)

@@ -1,7 +1,8 @@
-"""Prompt files: one prompt a line, and a seed per prompt that depends on nothing else."""
+"""Prompt files, and a seed per prompt that depends on nothing else."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import random
 from collections import Counter
@@ -9,20 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pcr_export.errors import PcrExportError
+from pcr_export.prompt_sets import CONVERT_PARQUET, READERS, lines_of_text
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line; blank lines and lines that start with # are no prompts.
+    """The prompts of a file, in its order; none is dropped for being there twice.
 
-    Raises PcrExportError where the file can't be read or holds no prompt.
+    By the file's name: .json is COCO captions (one per image), .jsonl, .csv and .tsv have a column Prompt, everything else is text
+    of one prompt a line, where blank lines and lines that start with # are no prompts.
+
+    Raises PcrExportError where the file can't be read, has another form or holds no prompt.
     """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        raise PcrExportError(f"the prompts file {path} is parquet, which is not read here: {CONVERT_PARQUET}")
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        prompts = READERS.get(suffix, lines_of_text)(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, csv.Error) as error:
         raise PcrExportError(
-            f"the prompts file {path} can't be read ({error}): give a UTF-8 text, one prompt a line"
+            f"the prompts file {path} can't be read ({error}): give a UTF-8 text, one prompt a line, or one of the sets "
+            "that calib/README.md tells of"
         ) from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
         raise PcrExportError(f"the prompts file {path} holds no prompt: write one prompt a line")
     return prompts

@@ -8,10 +8,11 @@ import re
 from dataclasses import asdict, dataclass, fields
 
 from pcr_export.errors import PcrExportError
-from pcr_export.relaxed_steps import parse_relaxed_steps
+from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
 
 RANGES = ("mse", "minmax", "percentile")
 SCHEMES = ("progressive", "float-trajectory", "static")
+REDUCTIONS = ("pooled", "min-mean")
 SKIPPED_BY_DEFAULT = ("conv_in", "conv_out")
 
 
@@ -30,7 +31,11 @@ class Recipe:
     ranges: str = "mse"
     percentile: float = 99.99  # of each end, used by ranges="percentile"
     affine: bool = True  # zero offsets where the graph can carry them
-    relax: str = "none"  # "none", "first:20%", "last:0.2", or steps such as "0:4,17"
+    observed_steps: str = "all"  # that scheme="static" sees: "all", "uniform:10" or "normal:64"
+    reduce: str = "pooled"  # of scheme="static" over steps: "pooled" or ModelOpt's "min-mean"
+    smooth_quant: float | None = None  # SmoothQuant's alpha for every quantized Linear; None: not smoothed
+    split_shortcut: bool = False  # the decoder's conv_shortcut in halves with scales of their own
+    relax: str = "none"  # "none", "first:20%", "last:0.2", steps such as "0:4,17", or "auto:8.4": searched
     relax_bits: int = 10  # activation bits on relaxed steps
     skip: tuple[str, ...] = SKIPPED_BY_DEFAULT  # module path patterns (fnmatch) that stay float
     calib_size: int = 64  # prompts
@@ -39,7 +44,11 @@ class Recipe:
     min_sqnr_db: float = 20.0  # validation fails where the artifact is further than this from its simulation in a step
 
     def __post_init__(self) -> None:
-        for value, known, flag in ((self.ranges, RANGES, "--ranges"), (self.scheme, SCHEMES, "--scheme")):
+        for value, known, flag in (
+            (self.ranges, RANGES, "--ranges"),
+            (self.scheme, SCHEMES, "--scheme"),
+            (self.reduce, REDUCTIONS, "--reduce"),
+        ):
             if value not in known:
                 raise PcrExportError(f"{flag} {value} is unknown: choose one of {', '.join(known)}")
         if not 4 <= self.weight_bits <= 8 or self.activation_bits != 8:
@@ -52,7 +61,19 @@ class Recipe:
             raise PcrExportError(f"--relax-bits must lie in 9..15, got {self.relax_bits}")
         if not 50 < self.percentile <= 100:
             raise PcrExportError(f"--percentile must lie in (50, 100], got {self.percentile}")
-        parse_relaxed_steps(self.relax, self.num_inference_steps)
+        if searched_mean_bits(self.relax, self.relax_bits) is None:
+            parse_relaxed_steps(self.relax, self.num_inference_steps)
+        self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        """The settings that only baselines have."""
+        kind, _ = parse_observed_steps(self.observed_steps, self.num_inference_steps)
+        if kind != "all" and self.scheme != "static":
+            raise PcrExportError(f"--observed-steps {self.observed_steps} needs --scheme static")
+        if self.reduce == "min-mean" and (self.scheme != "static" or self.ranges != "minmax" or self.affine):
+            raise PcrExportError("--reduce min-mean needs --scheme static, --ranges minmax and --symmetric")
+        if self.smooth_quant is not None and not 0 <= self.smooth_quant <= 1:
+            raise PcrExportError(f"--smooth-quant must lie in [0, 1], got {self.smooth_quant}")
 
     def to_json(self) -> str:
         """The recipe as JSON with sorted keys."""
@@ -73,6 +94,17 @@ def recipe_from_json(text: str) -> Recipe:
     if not isinstance(values, dict) or set(values) != names:
         raise PcrExportError("the recipe was written by another version of pcr-export: export again")
     return Recipe(**{**values, "skip": tuple(values["skip"])})
+
+
+def parse_observed_steps(text: str, num_steps: int) -> tuple[str, int]:
+    """'uniform:10' -> ("uniform", 10); 'all' -> ("all", num_steps). Raises PcrExportError where it can't be done in `num_steps`."""
+    match = re.fullmatch(r"all|(uniform|normal):(\d+)", text)
+    if not match:
+        raise PcrExportError(f"--observed-steps {text} is not understood: write all, uniform:10 or normal:64")
+    kind, count = (match[1], int(match[2])) if match[1] else ("all", num_steps)
+    if count < 1 or (kind == "uniform" and count > num_steps):
+        raise PcrExportError(f"--observed-steps {text} must name 1 to {num_steps} steps (normal: 1 or more)")
+    return kind, count
 
 
 def parse_bits(text: str) -> tuple[int, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from pcr_export.errors import PcrExportError
 
 _END = re.compile(r"(first|last):(\d+(?:\.\d+)?)(%?)")
 _PART = re.compile(r"(\d+)(?::(\d+))?")
+_SEARCHED = re.compile(r"auto:(\d+(?:\.\d+)?)")
 
 
 def parse_relaxed_steps(text: str, num_steps: int) -> tuple[int, ...]:
@@ -30,7 +32,7 @@ def parse_relaxed_steps(text: str, num_steps: int) -> tuple[int, ...]:
         match = _PART.fullmatch(part.strip())
         if not match:
             raise PcrExportError(
-                f"--relax {text} is not understood: write none, first:20%, last:20% or steps such as 0:4,17"
+                f"--relax {text} is not understood: write none, first:20%, last:20%, steps such as 0:4,17, or auto:8.4"
             )
         start = int(match[1])
         steps.update(range(start, int(match[2]) if match[2] else start + 1))
@@ -39,3 +41,29 @@ def parse_relaxed_steps(text: str, num_steps: int) -> tuple[int, ...]:
             f"--relax {text} names step {max(steps)}, but the {num_steps} steps are 0 to {num_steps - 1}"
         )
     return tuple(sorted(steps))
+
+
+def searched_mean_bits(text: str, relax_bits: int) -> float | None:
+    """MEAN of "auto:MEAN", the activation bits that a step shall have on average; None where `text` itself names the steps.
+
+    Raises PcrExportError where MEAN is no number in 8..relax_bits.
+    """
+    if not text.startswith("auto"):
+        return None
+    match = _SEARCHED.fullmatch(text)
+    if not match or not 8 <= float(match[1]) <= relax_bits:
+        raise PcrExportError(
+            f"--relax {text}: write the mean activation bits after auto:, from 8 to {relax_bits} (--relax-bits), e.g. auto:8.4"
+        )
+    return float(match[1])
+
+
+def format_steps(steps: Sequence[int]) -> str:
+    """Ascending steps as `parse_relaxed_steps` reads them: (12, 17, 18, 19) -> "12,17:20"; no step is "none"."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][-1] + 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs) or "none"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pcr_export.recipe import Recipe
+from pcr_export.relaxed_steps import format_steps
 from pcr_export.sites import Layer
 
 FORMAT = 1
@@ -60,6 +61,7 @@ def make_report(
     layers: Sequence[Layer],
     *,
     calibration: Facts,
+    relaxed: Facts,
     graph: Facts,
     engines: Sequence[Facts],
     validation: Facts,
@@ -73,6 +75,7 @@ def make_report(
         "recipe": {**vars(recipe), "skip": list(recipe.skip), "hash": recipe.hash()},
         "environment": environment(),
         "calibration": dict(calibration),
+        "relaxed": dict(relaxed),
         "sites": site_rows(layers, recipe, site_sqnr),
         "graph": dict(graph),
         "engines": list(engines),
@@ -93,6 +96,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{calibration['prompts']} prompts, {calibration['steps']} steps, {calibration['unet_batches']} UNet calls, "
             f"{calibration['seconds']:.0f} s, peak {calibration['peak_memory_bytes'] / 2**30:.1f} GiB",
         ),
+        *_relaxed_rows(report.get("relaxed", {})),  # absent from older reports of format 1
         ("UNet file", f"{graph['onnx_bytes'] / 2**20:.1f} MiB (float {graph['float_bytes'] / 2**20:.1f} MiB)"),
     ]
     for engine in report["engines"]:
@@ -114,6 +118,17 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def build_commands(report: Mapping[str, Any]) -> list[str]:
     """The command lines that build the report's engines without this package."""
     return [engine["trtexec"] for engine in report["engines"] if "trtexec" in engine]
+
+
+def _relaxed_rows(relaxed: Facts) -> list[tuple[str, str]]:
+    rows = []
+    if relaxed.get("steps"):
+        mean = f"{relaxed['mean_activation_bits']:.2f} activation bits on average"
+        rows.append(("relaxed steps", f"{format_steps(relaxed['steps'])} ({mean})"))
+    if "errors" in relaxed:
+        errors = ", ".join(f"{name} {error:.3g}" for name, error in relaxed["errors"].items())
+        rows.append(("searched", f"{relaxed['choice']}; errors: {errors}"))
+    return rows
 
 
 def _onnxruntime_rows(engine: Facts) -> list[tuple[str, str]]:
@@ -143,11 +158,11 @@ def _tensorrt_rows(engine: Facts) -> list[tuple[str, str]]:
 
 
 def _quality_rows(quality: Facts) -> list[tuple[str, str]]:
-    rows = [("images", f"{quality['n_images']}, extractor {quality['extractor'] or 'none'}")]
+    rows = [("images", f"{quality['n_images']}, extractor {quality['protocol']['extractor'] or 'none'}")]
     if quality["fid_to_fp32"] is not None:
         rows.append(("Frechet distance to FP32", f"{quality['fid_to_fp32']:.4f}"))
         rows.append(("CLIP score", f"{quality['clip_score']:.2f} (FP32 {quality['clip_score_fp32']:.2f})"))
-    rows.append(("PSNR to FP32", f"{quality['psnr_db']:.1f} dB"))
+    rows.append(("PSNR to FP32", f"{quality['psnr_db']:.1f} dB, SSIM {quality['ssim']:.3f}"))
     if quality["warning"]:
         rows.append(("note", quality["warning"]))
     return rows

@@ -44,6 +44,10 @@ class ExportRequest:
     ranges: str
     percentile: float
     affine: bool
+    observed_steps: str
+    reduce: str
+    smooth_quant: float | None
+    split_shortcut: bool
     relax: str | None
     relax_bits: int
     skip: list[str] | None
@@ -127,6 +131,10 @@ class ExportRequest:
             ranges=self.ranges,
             percentile=self.percentile,
             affine=self.affine,
+            observed_steps=self.observed_steps,
+            reduce=self.reduce,
+            smooth_quant=self.smooth_quant,
+            split_shortcut=self.split_shortcut,
             relax=own_relax if self.relax is None else self.relax,
             relax_bits=self.relax_bits,
             skip=(*Recipe.skip, *(self.skip or ())),

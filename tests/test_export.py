@@ -1,5 +1,8 @@
 """The job on a denoiser that is no diffusers model, through the public Python names."""
 
+import contextlib
+import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -8,6 +11,12 @@ from class_conditional import TIMESTEPS, class_conditional_denoiser
 
 from pcr_export import Job, Recipe, export_denoiser
 from pcr_export.errors import PcrExportError
+from pcr_export.export import measure_sensitivity
+from pcr_export.graph.to_onnx import trace_float_onnx
+from pcr_export.progress import silent
+from pcr_export.qdiffbench.sensitivity import choose_steps
+from pcr_export.relaxed_steps import format_steps
+from pcr_export.report import summary_rows
 
 LABELS = [0, 1, 2, 3, 4, 0]
 FILES = ("step_scales.safetensors", "recipe.json", "unet/model.onnx", "unet/model.onnx_data")
@@ -97,3 +106,97 @@ def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PcrExportError, match="choose another folder"):
         export_denoiser(job(tmp_path / "file" / "out"))
+
+
+@functools.cache
+def float_graph():
+    denoiser = class_conditional_denoiser()
+    return trace_float_onnx(denoiser, next(denoiser.walk(LABELS[:2], [0, 1])))
+
+
+def export_unchecked(folder: Path, relax: str, denoiser=None, track=silent):
+    """Tracing takes longer than all else: once for all."""
+    quick = {"validate": False, "float_graph": float_graph, "track": track}
+    return export_denoiser(dataclasses.replace(job(folder, denoiser, relax=relax), **quick))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search") / "toy-w8a8"
+    return folder, export_unchecked(folder, "auto:8.8")
+
+
+def test_the_search_relaxes_the_choice_of_steps_with_the_least_error(searched):
+    folder, report = searched
+    table = json.loads((folder / "sensitivity.json").read_text())
+    assert (table["format"], table["relax_bits"], table["prompts"]) == (1, 10, len(LABELS))
+    assert [(row["step"], row["timestep"]) for row in table["steps"]] == list(enumerate(TIMESTEPS))
+    assert all(row["gain"] == table["base_error"] - row["error"] for row in table["steps"])
+    ranking = sorted(table["steps"], key=lambda row: -row["gain"])
+    assert ranking[0]["gain"] > 0
+    chosen = table["chosen"]
+    assert chosen["relax"] == "auto:8.8"
+    choices = {"ranked": sorted(row["step"] for row in ranking[:2]), "first": [0, 1], "last": [3, 4]}
+    errors = chosen["errors"]
+    assert chosen["choice"] == min(choices, key=errors.get)
+    assert chosen["steps"] == choices[chosen["choice"]]
+    assert errors[chosen["choice"]] < errors["none"] == table["base_error"]
+    assert report["relaxed"] == {
+        "steps": chosen["steps"],
+        "mean_activation_bits": pytest.approx(8.8),
+        "choice": chosen["choice"],
+        "errors": errors,
+    }
+    assert report["recipe"]["relax"] == json.loads((folder / "recipe.json").read_text())["relax"] == "auto:8.8"
+    rows = dict(summary_rows(report))
+    assert rows["relaxed steps"] == f"{format_steps(chosen['steps'])} (8.80 activation bits on average)"
+    assert f"none {table['base_error']:.3g}" in rows["searched"]
+
+
+def test_searched_steps_export_as_the_same_steps_by_name(searched, tmp_path):
+    export_unchecked(tmp_path, format_steps(searched[1]["relaxed"]["steps"]))
+    named, found = read(tmp_path), read(searched[0])
+    assert [name for name in FILES if named[name] != found[name]] == ["recipe.json"]
+
+
+def test_a_search_is_done_once_for_every_mean(searched):
+    folder, report = searched
+    before = (folder / "sensitivity.json").read_bytes()
+    steps = folder / ".stages" / "sensitivity"
+    stamps = {path: path.stat().st_mtime_ns for path in [*steps.glob("step_*"), *steps.glob("*/unet/model.onnx")]}
+    assert len(stamps) == len(TIMESTEPS) + 2
+    denoiser = class_conditional_denoiser()
+    calls = []
+    denoiser.network.register_forward_hook(lambda *_: calls.append(1))
+    assert export_unchecked(folder, "auto:8.8", denoiser)["relaxed"] == report["relaxed"]
+    assert len(calls) == 1  # finds the layers
+    (most,) = choose_steps(measure_sensitivity(job(folder, relax="last:20%")), 8.4)
+    assert export_unchecked(folder, "auto:8.4")["relaxed"]["steps"] == [most]
+    assert export_unchecked(folder, "auto:8")["relaxed"]["steps"] == []
+    export_unchecked(folder, "none")
+    assert not (folder / "sensitivity.json").exists()  # nothing was searched for these steps
+    export_unchecked(folder, "auto:8.8")
+    assert (folder / "sensitivity.json").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_a_search_stopped_half_way_goes_on_with_the_same_bytes(searched, tmp_path):
+    @contextlib.contextmanager
+    def stop_at_the_third_step(description, _total):
+        steps = iter(range(2))
+
+        def advance(_count):
+            if description == "sensitivity of each step" and next(steps, None) is None:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    with pytest.raises(KeyboardInterrupt):
+        export_unchecked(tmp_path, "auto:8.8", track=stop_at_the_third_step)
+    records = sorted((tmp_path / ".stages" / "sensitivity").glob("step_*"))
+    assert [path.name for path in records] == ["step_00000.json", "step_00001.json", "step_00002.json"]
+    before = [path.stat().st_mtime_ns for path in records]
+    export_unchecked(tmp_path, "auto:8.8")
+    assert [path.stat().st_mtime_ns for path in records] == before
+    assert read(tmp_path) == read(searched[0])
+    assert (tmp_path / "sensitivity.json").read_bytes() == (searched[0] / "sensitivity.json").read_bytes()

@@ -25,14 +25,22 @@ def test_every_setting_changes_the_hash():
         "model": "x",
         "percentile": 99.0,
         "weight_bits": 4,
+        "observed_steps": "uniform:2",
+        "reduce": "min-mean",
+        "smooth_quant": 0.5,
+    }
+    companions = {
+        "observed_steps": {"scheme": "static"},
+        "reduce": {"scheme": "static", "ranges": "minmax", "affine": False},
     }
     for field in dataclasses.fields(Recipe):
         value = getattr(recipe, field.name)
         if field.name == "activation_bits":
             continue  # one value so far
         change = changes[field.name] if field.name in changes else value + 1
-        changed = dataclasses.replace(recipe, **{field.name: change})
-        assert changed.hash() != recipe.hash(), field.name
+        plain = dataclasses.replace(recipe, **companions.get(field.name, {}))
+        changed = dataclasses.replace(plain, **{field.name: change})
+        assert changed.hash() != plain.hash(), field.name
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ class ActivationHistogram:
     minimum: float = math.inf
     maximum: float = -math.inf
 
-    def update(self, x: Tensor) -> None:
-        """Count the activations `x` (float32, any shape).
+    def update(self, x: Tensor, weight: int = 1) -> None:
+        """Count the activations `x` (float32, any shape), each `weight` times.
 
         Raises:
             ValueError: x holds NaN or infinite values.
@@ -45,7 +45,7 @@ class ActivationHistogram:
             raise ValueError("activations hold NaN or infinite values")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         patterns = x.detach().to(torch.bfloat16).view(torch.int16).flatten().to(torch.int32) & 0xFFFF
-        self.counts += torch.bincount(patterns, minlength=NUM_BINS).to(self.counts.device)
+        self.counts += torch.bincount(patterns, minlength=NUM_BINS).to(self.counts.device) * weight
 
     def values_and_counts(self) -> tuple[Tensor, Tensor]:
         """The bins that were hit, ascending: values float64 [n], counts float64 [n]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Track, silent
+from pcr_export.stages import write_text
 
 
 def image_path(folder: Path, index: int) -> Path:
@@ -47,6 +49,15 @@ def generate_images(
         for indices in missing:
             write_chunk(paint([prompts[i] for i in indices], [seeds[i] for i in indices]), folder, indices)
             advance(len(indices))
+
+
+def forget_images_of_another_key(folder: Path, key: str) -> None:
+    """Images are kept one by one and resumed; those made under another key, or where the key is empty, are deleted first."""
+    mark = folder / ".key"
+    if not (key and mark.is_file() and mark.read_text() == key):
+        if folder.exists():
+            shutil.rmtree(folder)
+        write_text(mark, key)
 
 
 def missing_chunks(folder: Path, count: int, chunk: int) -> list[range]:

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from pcr_export.calibrate.layers import find_layers
+from pcr_export.calibrate.rewrite_network import rewrites_network
 from pcr_export.calibrate.simulate import Simulation, simulated_call
 from pcr_export.deploy.run import load_exported_model
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import resolve
 from pcr_export.models.denoiser import Denoiser, Inputs, sample
 from pcr_export.models.load import load_model
@@ -110,6 +112,11 @@ class SimulationPainter:
         with torch_threads(threads):
             denoiser = self.settings.load()
             recipe = recipe_from_json((self.folder / "recipe.json").read_text("utf-8"))
+            if rewrites_network(recipe):
+                raise PcrExportError(
+                    f"{self.folder} quantizes a rewritten network, which is simulated only while it is calibrated: "
+                    "score the artifact"
+                )
             scales = read_step_scales(self.folder / "step_scales.safetensors")
             layers = find_layers(denoiser, next(denoiser.walk(["", ""], [0, 1])), recipe.skip)
             with Simulation(denoiser, layers, recipe.weight_bits) as simulation:

@@ -1,0 +1,284 @@
+"""QDiffBench of an exported folder: paint every prompt with the float model and with the artifact, score, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcr_export import __version__
+from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import resolve
+from pcr_export.progress import Track, silent
+from pcr_export.prompts import packaged_prompts, prompt_seeds, read_prompts
+from pcr_export.qdiffbench.features import Extractors
+from pcr_export.qdiffbench.html_report import write_html_report
+from pcr_export.qdiffbench.images import forget_images_of_another_key
+from pcr_export.qdiffbench.painters import (
+    FloatPainter,
+    FolderPainter,
+    ModelSettings,
+    Painter,
+    settings_of,
+    torch_threads,
+)
+from pcr_export.qdiffbench.scores import measure_scores
+from pcr_export.qdiffbench.workers import paint_images, ray_cluster
+from pcr_export.recipe import Recipe, recipe_from_json
+from pcr_export.stages import Facts, Key, Stages, key_hash, write_json
+
+FORMAT = 1
+PIXELS_PER_CALL = 2**17  # prompts of one call, times height and width
+OWN_PROMPT_SETS = {"tiny-sdxl": ("tiny-sdxl-eval", "tiny-sdxl-out-of-domain")}  # in domain, out of domain
+PROMPT_SETS = ("general-eval",)  # of every other model
+ARTIFACT_PARTS = (
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "unet",
+    "vae_decoder",
+)
+ROWS = (  # of the printed table: figure, its title, how it is written
+    ("n_images", "images", "{:d}"),
+    ("fid_to_fp32", "FID to FP32", "{:.4f}"),
+    ("fid_to_real", "FID to real images", "{:.4f}"),
+    ("kid_to_fp32", "KID to FP32", "{:.6f}"),
+    ("clip_score", "CLIP score", "{:.2f}"),
+    ("clip_score_fp32", "CLIP score of FP32", "{:.2f}"),
+    ("psnr_db", "PSNR to FP32, dB", "{:.2f}"),
+    ("ssim", "SSIM to FP32", "{:.4f}"),
+    ("lpips", "LPIPS to FP32", "{:.4f}"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is evaluated, on which prompts, and who paints."""
+
+    folder: Path  # that an export wrote
+    prompts: Sequence[Path] = ()  # a file for each domain; none: the packaged sets
+    images: int | None = None  # of each domain, for the first prompts of its file; None: for all
+    real: Path | None = None  # a folder of real images, for another Frechet distance
+    model: str | None = None  # where the float model is found; None: as the recipe names it
+    seed: int | None = None  # of the initial noise; None: the recipe's
+    workers: int = 1
+    threads: int = 1  # of each worker; the last digits of float sums depend on it
+    address: str | None = None  # as `paint_images` has it
+    resume: bool = True
+    command: str = ""  # what a person typed, for the report
+    track: Track = silent
+    log: Callable[[str], None] = field(default=lambda _line: None)
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 2), ("workers", 1), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise PcrExportError(f"--{name} must be at least {least}, got {value}")
+        if self.real is not None and not self.real.is_dir():
+            raise PcrExportError(f"--real {self.real} is no folder: give one of real images")
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The exported folder's recipe. Raises PcrExportError where the folder is no export."""
+        try:
+            return recipe_from_json((self.folder / "recipe.json").read_text("utf-8"))
+        except OSError as error:
+            raise PcrExportError(
+                f"{self.folder} has no recipe.json, so it is no exported folder: make one with `pcr-export MODEL`"
+            ) from error
+
+    @cached_property
+    def settings(self) -> ModelSettings:
+        """The float model; a folder by its absolute path, which other processes find too."""
+        settings = settings_of(self.recipe)
+        entry = resolve(self.model or settings.model)
+        named = self.model or settings.model
+        return replace(settings, model=str(Path(entry.source).resolve()) if Path(named).is_dir() else named)
+
+    @property
+    def source(self) -> str:
+        """Folder or hub id of the float model's pipeline."""
+        return resolve(self.settings.model).source
+
+    @property
+    def noise_seed(self) -> int:
+        """The seed of the initial noise."""
+        return self.recipe.seed if self.seed is None else self.seed
+
+    def domains(self) -> list[Domain]:
+        """The prompt sets. Raises PcrExportError where one can't be read, is too small, or shares its name with another."""
+        own = OWN_PROMPT_SETS.get(self.recipe.model, PROMPT_SETS)
+        files = [(path, str(path)) for path in self.prompts] or [
+            (packaged_prompts(name), f"calib/{name}.txt") for name in own
+        ]
+        domains = [Domain(path.stem, path, shown, read_prompts(path)[: self.images]) for path, shown in files]
+        for domain in domains:
+            if len(domain.prompts) < 2:
+                raise PcrExportError(f"the prompts file {domain.path} holds one prompt: an evaluation needs 2 or more")
+        name, count = Counter(domain.name for domain in domains).most_common(1)[0]
+        if count > 1:
+            raise PcrExportError(f"{count} prompt files are called {name}, which names their results: rename one")
+        return domains
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A prompt set that is evaluated."""
+
+    name: str
+    path: Path
+    shown: str  # the path as the report has it: a packaged file lies elsewhere in every installation
+    prompts: list[str]
+
+
+def evaluate_folder(evaluation: Evaluation, extractors: Extractors | None) -> dict[str, Any]:
+    """Paint, score, and write evaluation.json, evaluation/NAME/per_image.json and report.html to the folder.
+
+    A run that was stopped goes on where it was; figures depend neither on that nor on the number of workers.
+
+    Args:
+        extractors: the networks that judge (`find_extractors`); None leaves only PSNR and SSIM.
+
+    Returns:
+        What was written to evaluation.json. Raises PcrExportError where prompts, models or images can't be read, or a worker fails.
+    """
+    domains = evaluation.domains()
+    artifact = _artifact_key(evaluation.folder)
+    model = _model_key(evaluation.settings)
+    several = evaluation.workers > 1 or evaluation.address is not None
+    with ray_cluster(evaluation.workers, evaluation.threads, evaluation.address) if several else nullcontext():
+        rows = [_evaluate_domain(evaluation, domain, extractors, model, artifact) for domain in domains]
+    written = {"format": FORMAT, "command": evaluation.command, "seed": evaluation.noise_seed, "domains": rows}
+    write_json(evaluation.folder / "evaluation.json", written)
+    write_html_report(evaluation.folder)
+    return written
+
+
+def table_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What evaluation.json says, as a table with a column for each domain. Figures that were not measured are left out."""
+    domains = evaluation["domains"]
+    rows = [("", *(domain["name"] for domain in domains))]
+    for name, title, form in ROWS:
+        values = [domain["scores"][name] for domain in domains]
+        if any(value is not None for value in values):
+            rows.append((title, *("-" if value is None else form.format(value) for value in values)))
+    warnings = dict.fromkeys(text for domain in domains if (text := domain["scores"]["warning"]))
+    return [*rows, *(("note", text) for text in warnings)]
+
+
+def _evaluate_domain(
+    evaluation: Evaluation, domain: Domain, extractors: Extractors | None, model: Key, artifact: Key
+) -> Facts:
+    """One entry of evaluation.json's domains."""
+    place = Path("evaluation") / domain.name
+    folder = evaluation.folder / place
+    common = _common_key(evaluation, domain)
+    keys = {"fp32": {**common, **model}, "artifact": {**common, **artifact}}
+    painters: dict[str, Painter] = {
+        "fp32": FloatPainter(settings=evaluation.settings),
+        "artifact": FolderPainter(folder=evaluation.folder.resolve()),
+    }
+    for name, painter in painters.items():
+        forget_images_of_another_key(folder / name, key_hash(keys[name]) if evaluation.resume else "")
+        _paint(evaluation, domain, painter, folder / name, name)
+
+    def measure() -> Facts:
+        with torch_threads(evaluation.threads):
+            scores = asdict(
+                measure_scores(
+                    folder / "artifact",
+                    folder / "fp32",
+                    domain.prompts,
+                    extractors,
+                    real=evaluation.real,
+                    track=evaluation.track,
+                )
+            )
+        write_json(folder / "per_image.json", scores.pop("per_image"))
+        return scores
+
+    stages = Stages(evaluation.folder / ".stages" / place, resume=evaluation.resume, log=evaluation.log)
+    key = {
+        **{f"{name} images": key_hash(each) for name, each in keys.items()},
+        "extractors": extractors.name if extractors else "none",
+        "real images": _listing(evaluation.real) if evaluation.real else "none",
+    }
+    return {
+        "name": domain.name,
+        "prompts_file": domain.shown,
+        "prompts_sha256": _hash_file(domain.path),
+        "n_images": len(domain.prompts),
+        **{name: (place / name).as_posix() for name in painters},
+        "per_image": (place / "per_image.json").as_posix(),
+        "scores": stages.run("scores", key, [folder / "per_image.json"], measure),
+    }
+
+
+def _paint(evaluation: Evaluation, domain: Domain, painter: Painter, folder: Path, name: str) -> None:
+    paint_images(
+        painter,
+        domain.prompts,
+        prompt_seeds(domain.prompts, evaluation.noise_seed),
+        folder,
+        chunk=max(1, PIXELS_PER_CALL // (evaluation.recipe.height * evaluation.recipe.width)),
+        workers=evaluation.workers,
+        threads=evaluation.threads,
+        address=evaluation.address,
+        description=f"{domain.name}, {name}",
+        track=evaluation.track,
+    )
+
+
+def _common_key(evaluation: Evaluation, domain: Domain) -> Key:
+    """What all images of a domain depend on besides the model: prompts, noise and libraries, but not who paints."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "threads": str(evaluation.threads),
+        "seed": str(evaluation.noise_seed),
+        "prompts": hashlib.sha256(json.dumps(domain.prompts).encode()).hexdigest(),
+    }
+
+
+def _model_key(settings: ModelSettings) -> Key:
+    """The float model and its sampling: the files of a folder, or the name and revision of a model of the hub."""
+    entry = resolve(settings.model)
+    sampling = {name: str(value) for name, value in asdict(settings).items() if name != "model"}
+    if not entry.is_local:
+        return {**sampling, "model": json.dumps(asdict(entry))}
+    folder = Path(entry.source)
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {**sampling, "model": _hash_files(folder, files)}
+
+
+def _artifact_key(folder: Path) -> Key:
+    """Every file that drawing with an exported folder reads."""
+    files = [path for part in ARTIFACT_PARTS for path in (folder / part).glob("*") if path.suffix != ".engine"]
+    files += [folder / "model_index.json", folder / "recipe.json"]
+    return {"artifact": _hash_files(folder, [path for path in files if path.is_file()])}
+
+
+def _hash_files(folder: Path, paths: Iterable[Path]) -> str:
+    """sha256 over the names below `folder` and the contents of files."""
+    return key_hash({path.relative_to(folder).as_posix(): _hash_file(path) for path in sorted(paths)})
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listing(folder: Path) -> str:
+    """Hash of the names, sizes and times of all files of a folder, which may be too large to read twice."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()]
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()

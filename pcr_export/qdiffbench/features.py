@@ -1,0 +1,291 @@
+"""The networks that judge images: the reference model's own CLIP, or InceptionV3, CLIP ViT-L/14 and AlexNet for real models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers.utils import cached_file
+
+from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import read_json
+from pcr_export.models.load import quiet
+
+CLIP = "openai/clip-vit-large-patch14"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # sha256 begins with the last eight letters
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+SHOWN_LETTERS = 16  # of a sha256, in a name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What the networks see in a batch of images, float32."""
+
+    features: Tensor  # [batch, num_features], of the Frechet and the kernel distance
+    embeds: Tensor  # [batch, CLIP's width], of the CLIP score
+    layers: tuple[Tensor, ...]  # of LPIPS: [batch, patches, channels] each, or the pixels, [batch, 3, height, width]
+
+
+class Extractors(Protocol):
+    """The networks of one evaluation. Figures of two of them are never compared, so each has a name with its weights' hash."""
+
+    name: str
+    num_features: int
+    protocol: dict[str, Any]  # plain JSON: the networks, the sha256 of their weights, how images are resized for them
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 [batch, 3, height, width] -> float32 [batch, num_features]."""
+
+    def look(self, images: Tensor) -> Look:
+        """Everything of uint8 [batch, 3, height, width]."""
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """float32 [len(prompts), CLIP's width]."""
+
+    def lpips(self, ours: Look, theirs: Look) -> Tensor:
+        """float32 [batch], the perceptual distance of each pair."""
+
+
+class Clip:
+    """A CLIP of transformers: both sides of the CLIP score.
+
+    Args:
+        vision: folder or hub id of the image tower; `text` and `tokenizer` alike. A whole CLIP is all three.
+        name: what it is called in the report.
+    """
+
+    def __init__(self, vision: str | Path, text: str | Path, tokenizer: str | Path, name: str) -> None:
+        with quiet():
+            self._vision = CLIPVisionModelWithProjection.from_pretrained(
+                vision, dtype=torch.float32, use_safetensors=True
+            ).eval()
+            self._text = CLIPTextModelWithProjection.from_pretrained(
+                text, dtype=torch.float32, use_safetensors=True
+            ).eval()
+            self._tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
+            preprocessing = read_json(Path(str(cached_file(vision, "preprocessor_config.json"))))
+            self.sha256, self.text_sha256 = (
+                _sha256(Path(str(cached_file(tower, "model.safetensors")))) for tower in (vision, text)
+            )
+        self._mean, self._std = (
+            torch.tensor(preprocessing[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std")
+        )
+        self.width: int = self._vision.config.projection_dim
+        self.name = f"{name} sha256:{self.sha256[:SHOWN_LETTERS]}"
+        size = self._vision.config.image_size
+        self.resize = f"middle square, bicubic with antialias to {size} x {size} pixels"
+
+    @torch.inference_mode()
+    def image_features(self, images: Tensor) -> Tensor:
+        """uint8 [batch, 3, height, width] -> float32 [batch, width]."""
+        features: Tensor = self._vision(pixel_values=self._pixels(images)).image_embeds
+        return features
+
+    @torch.inference_mode()
+    def image_features_and_layers(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `image_features`, and each transformer layer's output for the patches, float32 [batch, patches, channels]."""
+        seen = self._vision(pixel_values=self._pixels(images), output_hidden_states=True)
+        return seen.image_embeds, tuple(states[:, 1:] for states in seen.hidden_states[1:])
+
+    @torch.inference_mode()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """float32 [len(prompts), width]."""
+        length = self._text.config.max_position_embeddings
+        tokens = self._tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        features: Tensor = self._text(input_ids=tokens.input_ids).text_embeds
+        return features
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        side, size = min(height, width), self._vision.config.image_size
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = images[..., top : top + side, left : left + side].float() / 255
+        if side != size:
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        return (pixels - self._mean) / self._std
+
+
+class OwnClip:
+    """Extractors of a model that brings its own CLIP along: its image tower is the network of every figure."""
+
+    def __init__(self, clip: Clip) -> None:
+        self._clip = clip
+        self.name = clip.name
+        self.num_features = clip.width
+        self.text_features = clip.text_features
+        self.features = clip.image_features
+        self.protocol: dict[str, Any] = {
+            "extractor": clip.name,
+            "extractor_sha256": clip.sha256,
+            "features": clip.width,
+            "resize": clip.resize,
+            "clip": clip.name,
+            "clip_text_sha256": clip.text_sha256,
+            "lpips": f"unweighted, mean over the layers of {clip.name}",
+        }
+
+    def look(self, images: Tensor) -> Look:
+        """As Extractors says."""
+        embeds, layers = self._clip.image_features_and_layers(images)
+        return Look(features=embeds, embeds=embeds, layers=layers)
+
+    def lpips(self, ours: Look, theirs: Look) -> Tensor:
+        """As Extractors says."""
+        return unweighted_lpips(ours.layers, theirs.layers)
+
+
+def unweighted_lpips(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """Mean over layers l and positions p of |x_lp / |x_lp| - y_lp / |y_lp||^2: LPIPS (Zhang et al. 2018, eq. 1) with all w_l = 1.
+
+    Args:
+        ours, theirs: a float32 [batch, positions, channels] per layer.
+
+    Returns:
+        float32 [batch], 0 to 4.
+    """
+    each = [
+        (F.normalize(x, dim=-1) - F.normalize(y, dim=-1)).square().sum(-1).mean(-1)
+        for x, y in zip(ours, theirs, strict=True)
+    ]
+    return torch.stack(each).mean(0)
+
+
+class RealNets:
+    """Extractors of real models: InceptionV3, a CLIP and LPIPS.
+
+    Args:
+        inception: uint8 [batch, 3, height, width] -> float32 [batch, 2048], resizing by itself.
+        lpips: two float32 [batch, 3, height, width] in 0..1, normalize=True -> float32 [batch, 1, 1, 1].
+    """
+
+    num_features = 2048
+
+    def __init__(self, inception: nn.Module, inception_sha256: str, clip: Clip, lpips: nn.Module) -> None:
+        self._inception, self._clip, self._lpips = inception, clip, lpips
+        self.text_features = clip.text_features
+        extractor = f"InceptionV3 of torch-fidelity sha256:{inception_sha256[:SHOWN_LETTERS]}"
+        self.name = f"{extractor}, {clip.name}"
+        self.protocol: dict[str, Any] = {
+            "extractor": extractor,
+            "extractor_sha256": inception_sha256,
+            "features": self.num_features,
+            "resize": "whole image, bilinear as in TensorFlow 1 (no antialias) to 299 x 299 pixels",
+            "clip": clip.name,
+            "clip_sha256": clip.sha256,
+            "clip_resize": clip.resize,
+            "lpips": f"AlexNet of torchmetrics sha256:{_state_sha256(lpips)[:SHOWN_LETTERS]}, images not resized",
+        }
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """As Extractors says."""
+        features: Tensor = self._inception(images)
+        return features
+
+    def look(self, images: Tensor) -> Look:
+        """As Extractors says."""
+        embeds = self._clip.image_features(images)
+        return Look(features=self.features(images), embeds=embeds, layers=(images.float() / 255,))
+
+    @torch.inference_mode()
+    def lpips(self, ours: Look, theirs: Look) -> Tensor:
+        """As Extractors says."""
+        distances: Tensor = self._lpips(ours.layers[0], theirs.layers[0], normalize=True)
+        return distances.flatten()
+
+
+def find_extractors(source: str | Path, *, inception: Path | None = None, clip: str | Path | None = None) -> Extractors:
+    """The networks for the model of a pipeline folder or hub id: its own CLIP where it has one, otherwise the real ones.
+
+    Args:
+        inception: torch-fidelity's file of InceptionV3; None: fetched. Giving it or `clip` asks for the real networks.
+        clip: folder or hub id of a whole CLIP; None: CLIP, fetched.
+
+    Raises:
+        PcrExportError: torch-fidelity or torchvision is missing, or weights are damaged or can't be fetched.
+    """
+    own = own_extractors(source) if inception is None and clip is None else None
+    return own or _load_real_nets(inception, clip or CLIP)
+
+
+def own_extractors(source: str | Path) -> OwnClip | None:
+    """The CLIP that a pipeline folder brings along (clip_vision/ beside text_encoder_2/), or None."""
+    folder = Path(source)
+    if not (folder / "clip_vision" / "model.safetensors").is_file():
+        return None
+    vision, text, tokenizer = (folder / part for part in ("clip_vision", "text_encoder_2", "tokenizer_2"))
+    return OwnClip(Clip(vision, text, tokenizer, f"{folder.name}/clip_vision"))
+
+
+def _load_real_nets(inception: Path | None, clip: str | Path) -> RealNets:
+    try:  # torchmetrics itself can't be imported where torch-fidelity is installed without torchvision
+        import torch_fidelity  # noqa: F401
+        from torchmetrics.image.fid import NoTrainInceptionV3
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+        raise PcrExportError(
+            f"InceptionV3 and LPIPS need torch-fidelity and torchvision ({error}): pip install pcr-export[fid]"
+        ) from error
+    weights = _inception_weights(inception)
+    net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=False)
+    try:
+        lpips = LearnedPerceptualImagePatchSimilarity("alex").net
+    except (OSError, RuntimeError) as error:
+        raise PcrExportError(
+            f"AlexNet for LPIPS can't be fetched ({error}): put torchvision's alexnet-owt-7be5be79.pth into "
+            f"{_torch_cache()}"
+        ) from error
+    return RealNets(net, _sha256(weights), _load_clip(clip), lpips)
+
+
+def _load_clip(clip: str | Path) -> Clip:
+    try:
+        return Clip(clip, clip, clip, name=Path(clip).name if Path(clip).is_dir() else str(clip))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PcrExportError(f"CLIP {clip} can't be loaded ({reason}): give its folder with --clip") from error
+
+
+def _inception_weights(given: Path | None) -> Path:
+    """torch-fidelity's file, fetched where it is not given; its hash is checked, for it is a pickle and is the protocol."""
+    path = given or _torch_cache() / INCEPTION_FILE
+    prefix = Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]
+    try:
+        if given is None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=prefix, progress=False)
+        known = _sha256(path).startswith(prefix)
+    except (OSError, RuntimeError) as error:
+        raise PcrExportError(
+            f"InceptionV3's weights can't be read ({error}): give {INCEPTION_URL} as a file with --inception"
+        ) from error
+    if not known:
+        raise PcrExportError(f"{path} is not torch-fidelity's InceptionV3: fetch {INCEPTION_URL} again")
+    return path
+
+
+def _torch_cache() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state_sha256(module: nn.Module) -> str:
+    """sha256 over names and values of a module's weights, for one that was put together from several files."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,51 @@
+"""The calibration schemes that QDiffBench compares: what each changes of a model's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+_MINMAX: Mapping[str, Any] = {"scheme": "static", "ranges": "minmax", "affine": False}
+_STATIC_MSE: Mapping[str, Any] = {"scheme": "static"}
+_PER_STEP_FLOAT: Mapping[str, Any] = {"scheme": "float-trajectory"}
+
+# ModelOpt's diffusers example keeps these float; it calibrates with batches of two prompts.
+_MODELOPT_SKIP = tuple(
+    f"*{name}*" for name in ("time_emb_proj", "time_embedding", "conv_in", "conv_out", "conv_shortcut", "add_embedding")
+)
+_MODELOPT: Mapping[str, Any] = {
+    **_MINMAX,
+    "reduce": "min-mean",
+    "smooth_quant": 0.8,
+    "calib_batch": 2,
+    "skip": _MODELOPT_SKIP,
+}
+
+# Name -> changes, for dataclasses.replace(recipe, **changes) on a recipe of the defaults.
+SCHEMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "static-minmax": _MINMAX,
+        "static-mse": _STATIC_MSE,
+        "static-modelopt": _MODELOPT,
+        "static-q-diffusion": {**_STATIC_MSE, "observed_steps": "uniform:10", "split_shortcut": True},
+        "static-ptq4dm": {**_STATIC_MSE, "observed_steps": "normal:64"},
+        "per-step-float": _PER_STEP_FLOAT,
+        "pcr-symmetric": {"affine": False},
+        "pcr-affine": {},
+        "pcr-first-5": {"relax": "first:5%"},
+        "pcr-first-10": {"relax": "first:10%"},
+        "pcr-first-20": {"relax": "first:20%"},
+        "pcr-last-5": {"relax": "last:5%"},
+        "pcr-last-10": {"relax": "last:10%"},
+        "pcr-last-20": {"relax": "last:20%"},
+        "pcr-auto-8.4": {"relax": "auto:8.4"},
+        "pcr-split": {"split_shortcut": True},
+        "pcr-last-20-split": {"split_shortcut": True, "relax": "last:20%"},
+        "pcr-all-10bit": {"relax": "first:100%", "relax_bits": 10},
+        "static-minmax-w4a8": {**_MINMAX, "weight_bits": 4},
+        "per-step-float-w4a8": {**_PER_STEP_FLOAT, "weight_bits": 4},
+        "pcr-affine-w4a8": {"weight_bits": 4},
+        "pcr-last-20-w4a8": {"weight_bits": 4, "relax": "last:20%"},
+    }
+)

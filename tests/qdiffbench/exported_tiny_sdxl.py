@@ -1,0 +1,45 @@
+"""A random SDXL pipeline with a CLIP of its own, exported within seconds: what an evaluation needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from models.tiny_pipelines import POOLED, tiny_sdxl
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from pcr_export.models.catalog import REFERENCE_MODEL
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+SIZE = 16  # pixels a side
+
+
+def export_tiny_sdxl(parent: Path) -> Path:
+    """Write the model to parent/models and its export to parent/engines; the export's folder."""
+    source = tiny_sdxl(parent / "models" / "random")
+    _add_clip(source / "clip_vision")
+    options = {"steps": 4, "calib-size": 4, "height": SIZE, "width": SIZE, "out": parent / "engines"}
+    arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "pcr_export", str(source), *arguments, "--no-validate"]
+    subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD)
+    return parent / "engines" / "random-w8a8"
+
+
+def _add_clip(folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=4,
+            projection_dim=POOLED,
+        )
+        CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    shutil.copy(REFERENCE_MODEL / "clip_vision" / "preprocessor_config.json", folder)

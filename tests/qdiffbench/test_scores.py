@@ -1,0 +1,185 @@
+import importlib.util
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.linalg import sqrtm
+
+from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import REFERENCE_MODEL
+from pcr_export.qdiffbench.features import find_extractors
+from pcr_export.qdiffbench.images import image_path, read_images, write_png
+from pcr_export.qdiffbench.scores import measure_scores
+
+PROMPTS = [f"a large {colour} circle, plain white background" for colour in ("red", "blue", "green", "yellow")] * 3
+
+
+def write_images(folder, noise):
+    """An image for each prompt: grey of one of four shades, each pixel disturbed by `noise` times the image's own noise."""
+    folder.mkdir()
+    for index in range(len(PROMPTS)):
+        random = np.random.default_rng(index)
+        image = 40 * (index % 4) + 60 + random.normal(0, 5, (64, 64, 3)) + noise * random.normal(0, 1, (64, 64, 3))
+        write_png(image.clip(0, 255).astype(np.uint8), image_path(folder, index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extractors():
+    return find_extractors(REFERENCE_MODEL)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    return write_images(folder / "artifact", 20), write_images(folder / "fp32", 0)
+
+
+@pytest.fixture(scope="module")
+def scores(folders, extractors):
+    return measure_scores(*folders, PROMPTS, extractors, batch=5)
+
+
+def all_images(folder):
+    return read_images(folder, 0, len(PROMPTS))
+
+
+def frechet(first, second):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of two sets of features, by scipy in float64."""
+    (mu1, s1), (mu2, s2) = [(x.mean(0), np.cov(x, rowvar=False)) for x in (first, second)]
+    return np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+
+
+def features_of(folder, extractors):
+    return extractors.features(all_images(folder)).double().numpy()
+
+
+def test_equal_images_have_no_distance(folders, extractors):
+    scores = measure_scores(folders[0], folders[0], PROMPTS, extractors)
+    assert scores.fid_to_fp32 == pytest.approx(0, abs=1e-4)  # of covariances of no full rank
+    assert scores.kid_to_fp32 == pytest.approx(0, abs=1e-9)
+    assert scores.clip_score == scores.clip_score_fp32
+    assert (scores.psnr_db, scores.ssim, scores.lpips) == (100, pytest.approx(1), 0)
+
+
+def test_frechet_distance_is_that_of_the_features(folders, extractors, scores):
+    expected = frechet(*(features_of(folder, extractors) for folder in folders))
+    assert scores.fid_to_fp32 == pytest.approx(expected, rel=1e-3)  # 12 images, 128 features: the root of a rank of 11
+
+
+def test_clip_score_is_the_mean_cosine(folders, extractors, scores):
+    text = extractors.text_features(PROMPTS).double().numpy()
+    for folder, score in zip(folders, (scores.clip_score, scores.clip_score_fp32), strict=True):
+        image = features_of(folder, extractors)
+        cosines = (image * text).sum(1) / np.sqrt(np.square(image).sum(1) * np.square(text).sum(1))
+        assert score == pytest.approx(100 * cosines.clip(min=0).mean(), rel=1e-5)  # float32 against float64
+
+
+def test_psnr_is_the_mean_over_images(folders, scores):
+    ours, theirs = (all_images(folder).double() for folder in folders)
+    expected = 10 * torch.log10(255**2 / (ours - theirs).square().mean((1, 2, 3)))
+    assert scores.per_image.psnr_db == pytest.approx(expected.tolist(), rel=1e-5)
+    assert scores.psnr_db == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_each_image_has_its_figures(scores):
+    for name in ("psnr_db", "ssim", "lpips"):
+        values = getattr(scores.per_image, name)
+        assert len(values) == len(PROMPTS)
+        assert np.mean(values) == pytest.approx(getattr(scores, name))
+
+
+def test_batches_do_not_matter(folders, extractors, scores):
+    whole = measure_scores(*folders, PROMPTS, extractors, real=folders[1], batch=64)
+    parts = measure_scores(*folders, PROMPTS, extractors, real=folders[1], batch=1)
+    for name, value in asdict(whole).items():
+        if isinstance(value, float):
+            assert getattr(parts, name) == pytest.approx(value, rel=1e-4), name  # float32 sums in another order
+    assert parts.protocol == whole.protocol
+    assert scores.per_image.lpips == pytest.approx(whole.per_image.lpips, rel=1e-4)
+
+
+def test_no_more_than_a_batch_is_read_at_a_time(folders, extractors):
+    """The first batch is scored before a later image is missed."""
+    folder = folders[0].parent / "cut"
+    write_images(folder, 20)
+    image_path(folder, 7).unlink()
+    advanced = []
+
+    class Track:
+        def __init__(self, _description, total):
+            assert total == len(PROMPTS)
+
+        def __enter__(self):
+            return advanced.append
+
+        def __exit__(self, *_):
+            return None
+
+    with pytest.raises(PcrExportError, match=r"00007\.png"):
+        measure_scores(folder, folders[1], PROMPTS, extractors, batch=3, track=Track)
+    assert advanced == [3, 3]
+
+
+def test_real_images_of_any_name_and_size_are_compared_with(folders, extractors, tmp_path):
+    arrays = [np.random.default_rng(i).integers(0, 256, (40 + 10 * (i % 2), 64, 3)).astype(np.uint8) for i in range(6)]
+    for index, array in enumerate(arrays):
+        (tmp_path / f"{index % 3}").mkdir(exist_ok=True)
+        Image.fromarray(array).save(tmp_path / f"{index % 3}" / f"photo {index}.{'PNG' if index < 3 else 'bmp'}")
+    (tmp_path / "notes.txt").write_text("no image")
+    scores = measure_scores(*folders, PROMPTS, extractors, real=tmp_path, batch=2)
+    real = [extractors.features(torch.from_numpy(x).permute(2, 0, 1)[None])[0].double().numpy() for x in arrays]
+    expected = frechet(features_of(folders[0], extractors), np.stack(real))
+    assert scores.fid_to_real == pytest.approx(expected, rel=1e-3)
+    assert scores.protocol["n_real_images"] == 6
+    assert "of 6 images is biased" in scores.warning
+
+
+def test_a_folder_without_real_images_is_refused(folders, extractors, tmp_path):
+    with pytest.raises(PcrExportError, match=r"holds 0 images: .* needs 2 or more"):
+        measure_scores(*folders, PROMPTS, extractors, real=tmp_path)
+
+
+def test_the_protocol_says_how_the_figures_were_made(scores, extractors):
+    assert scores.protocol["n_images"] == scores.n_images == len(PROMPTS)
+    assert scores.protocol["extractor"] == extractors.name
+    assert scores.protocol["versions"]["torch"] == torch.__version__
+    assert {"extractor_sha256", "features", "resize", "clip", "lpips", "kid", "psnr", "ssim"} <= set(scores.protocol)
+    assert json.loads(json.dumps(asdict(scores))) == asdict(scores)
+    assert "of 12 images is biased (below 2048)" in scores.warning
+
+
+def test_without_a_clip_the_scores_say_so(folders):
+    scores = measure_scores(*folders, PROMPTS, None)
+    assert (scores.fid_to_fp32, scores.kid_to_fp32, scores.clip_score, scores.lpips) == (None, None, None, None)
+    assert scores.per_image.lpips == []
+    assert scores.protocol["extractor"] is None
+    assert "no CLIP" in scores.warning
+
+
+def test_damaged_image_is_named(folders, tmp_path):
+    first = write_images(tmp_path / "a", 10)
+    image_path(first, 3).write_bytes(b"PNG")
+    with pytest.raises(PcrExportError, match=r"00003\.png.*delete it"):
+        measure_scores(first, folders[1], PROMPTS, None)
+
+
+def test_images_of_two_sizes_are_refused(folders, tmp_path):
+    for index in range(len(PROMPTS)):
+        write_png(np.zeros((32, 32, 3), np.uint8), image_path(tmp_path, index))
+    with pytest.raises(PcrExportError, match="two sizes: make them again"):
+        measure_scores(tmp_path, folders[1], PROMPTS, None)
+
+
+def test_one_image_is_refused(tmp_path):
+    with pytest.raises(PcrExportError, match="--images"):
+        measure_scores(tmp_path, tmp_path, PROMPTS[:1], None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
+def test_real_models_say_what_to_install():
+    with pytest.raises(PcrExportError, match=r"pip install pcr-export\[fid\]"):
+        find_extractors("organisation/model")

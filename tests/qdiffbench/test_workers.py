@@ -1,0 +1,137 @@
+"""Painting by several processes of Ray, on this machine: the bytes of one process, whoever dies on the way."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+from qdiffbench.process_tree import descendants
+
+from pcr_export.errors import PcrExportError
+from pcr_export.prompts import prompt_seeds
+from pcr_export.qdiffbench.painters import FloatPainter, FolderPainter, Painter, settings_of
+from pcr_export.qdiffbench.workers import paint_images, ray_cluster
+from pcr_export.recipe import recipe_from_json
+
+PROMPTS = ["a red cat", "a dog", "re", "a red cat", "nothing", "the moon", "a boat", "x", "a house"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_find_this_file() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(_workers_find_this_file) -> Iterator[None]:
+    """Ray for several tests; `paint_images` leaves it running."""
+    with ray_cluster(2, 1, None):
+        yield
+
+
+def paint(painter: Painter, out: Path, **options) -> dict[str, bytes]:
+    """The files of painting PROMPTS in chunks of 2."""
+    paint_images(painter, PROMPTS, prompt_seeds(PROMPTS, 0), out, chunk=2, description="images", **options)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def float_painter(exported: Path) -> FloatPainter:
+    return FloatPainter(settings=settings_of(recipe_from_json((exported / "recipe.json").read_text())))
+
+
+@dataclass(frozen=True)
+class Slowly:
+    """Another painter, with a rest in front of every chunk."""
+
+    painter: Painter
+    seconds: float
+
+    @contextmanager
+    def open(self, threads: int) -> Iterator:
+        with self.painter.open(threads) as paint_chunk:
+
+            def paint_late(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+                time.sleep(self.seconds)
+                return paint_chunk(prompts, seeds)
+
+            yield paint_late
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """Kills the process that opens it."""
+
+    @contextmanager
+    def open(self, threads: int) -> Iterator:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield None
+
+
+def kill_one_worker(out: Path, killed: list[int]) -> None:
+    """Wait until two images are there, then SIGKILL a process that paints."""
+    while len(list(out.glob("*.png"))) < 2:
+        time.sleep(0.02)
+    worker = next(pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::_Painting"))
+    os.kill(worker, signal.SIGKILL)
+    killed.append(worker)
+
+
+def test_two_workers_paint_the_bytes_of_one_though_one_is_killed(exported, tmp_path):
+    whole = paint(FolderPainter(folder=exported), tmp_path / "one")
+    assert len(whole) == len(PROMPTS)
+    killed: list[int] = []
+    killer = Thread(target=kill_one_worker, args=(tmp_path / "two", killed))
+    killer.start()
+    assert paint(Slowly(FolderPainter(folder=exported), 0.3), tmp_path / "two", workers=2) == whole
+    killer.join(5)
+    assert killed
+    assert not any(name.startswith("ray::_Painting") for name in descendants(os.getpid()).values())
+
+
+def test_one_worker_goes_on_where_two_were_stopped(exported, tmp_path):
+    painter = FolderPainter(folder=exported)
+    whole = paint(painter, tmp_path / "images")
+    for index in (3, 8):
+        (tmp_path / "images" / f"{index:05d}.png").unlink()
+    assert paint(painter, tmp_path / "images") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+def test_float_model_and_artifact_with_more_workers(workers, exported, tmp_path):
+    for name, painter in (("float", float_painter(exported)), ("artifact", FolderPainter(folder=exported))):
+        assert paint(painter, tmp_path / f"{name}-n", workers=workers) == paint(painter, tmp_path / f"{name}-1")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"), [("127.0.0.1:1", "no Ray cluster answers"), ("somewhere", "write HOST:PORT")]
+)
+def test_a_cluster_that_is_not_there(address, expected, tmp_path):
+    with pytest.raises(PcrExportError, match=expected):
+        paint(Deadly(), tmp_path / "images", address=address)
+
+
+def test_a_chunk_that_kills_every_worker_ends_the_run_with_one_line(cluster, tmp_path):
+    with pytest.raises(PcrExportError, match=r"images 0 to 1: 4 workers died .*use fewer --workers") as failure:
+        paint_images(Deadly(), PROMPTS[:2], [0, 1], tmp_path, chunk=2, workers=2, description="images")
+    assert "No module" not in str(failure.value)  # they died as Deadly has it
+    assert "\n" not in str(failure.value)
+
+
+def test_what_a_worker_refuses_is_told_as_it_is(cluster, tmp_path):
+    with pytest.raises(PcrExportError, match="is no folder: give one that an export wrote") as refusal:
+        paint(FolderPainter(folder=tmp_path / "none"), tmp_path / "images", workers=2)
+    assert "\n" not in str(refusal.value)
+
+
+def test_more_workers_than_a_cluster_has_room_for(cluster, tmp_path):
+    with pytest.raises(PcrExportError, match="has 2 CPUs, 3 workers of 1 threads need 3: use --workers 2"):
+        paint(Deadly(), tmp_path / "images", workers=3)
