@@ -37,7 +37,7 @@ from pcr_export.recipe import Recipe
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
-from pcr_export.stages import Facts, Key, Stages, key_hash, write_json, write_text
+from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json, write_text
 from pcr_export.step_scales import StepScales, read_step_scales, write_step_scales
 
 if TYPE_CHECKING:
@@ -380,9 +380,3 @@ def hash_weights(*modules: torch.nn.Module) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

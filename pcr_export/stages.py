@@ -18,6 +18,12 @@ def key_hash(key: Key) -> str:
     return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
 
 
+def hash_file(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, through a temporary name."""
     write_text(path, json.dumps(value, indent=2) + "\n")

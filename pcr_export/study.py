@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pcr_export import __version__
-from pcr_export.export import EXAMPLE_CONDITIONS, hash_file, hash_weights, quantize_denoiser
+from pcr_export.export import EXAMPLE_CONDITIONS, hash_weights, quantize_denoiser
 from pcr_export.export_pipeline import pipeline_job
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.models.load import LoadedModel
@@ -24,7 +24,7 @@ from pcr_export.qdiffbench.painters import FloatPainter, Painter, SimulationPain
 from pcr_export.qdiffbench.scores import measure_scores
 from pcr_export.qdiffbench.workers import paint_images
 from pcr_export.recipe import Recipe
-from pcr_export.stages import Facts, Key, Stages, key_hash, write_json
+from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
 from pcr_export.step_scales import read_step_scales
 
 if TYPE_CHECKING:

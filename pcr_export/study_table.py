@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pcr_export.errors import PcrExportError
@@ -20,6 +20,7 @@ from pcr_export.qdiffbench.image_pairs import PairGroup, choose_pairs
 from pcr_export.qdiffbench.painters import FloatPainter, UnetPainter, settings_of
 from pcr_export.qdiffbench.schemes import SCHEMES
 from pcr_export.qdiffbench.study_report import write_study_report
+from pcr_export.qdiffbench.workers import crew
 from pcr_export.recipe import Recipe
 from pcr_export.request import CALIBRATION_PIXELS_PER_CALL, REFERENCE
 from pcr_export.stages import Facts, write_json
@@ -103,19 +104,26 @@ def run_study(
         content[section] = [row for row in content.get(section, []) if row["key"] not in keys] + list(rows)
         write_json(path, content)
 
+    with crew(**asdict(request.workers)):
+        for section, rows in _sections(request, study):
+            keep(section, rows)
+    write_study_report(content, path.with_suffix(".html"), pairs=image_pairs(study))
+    return content
+
+
+def _sections(request: StudyRequest, study: Study) -> Iterator[tuple[str, list[Facts]]]:
+    """Rows and the section that they belong to, as they are made."""
     for name in request.schemes or tuple(SCHEMES):
-        keep("rows", run_scheme(study, name, replace(study.base, **SCHEMES[name])))
+        yield "rows", run_scheme(study, name, replace(study.base, **SCHEMES[name]))
     for seed in range(request.simulation_seeds):
         recipe = replace(study.base, seed=seed, **SCHEMES[SIMULATED_SCHEME])
         inside = replace(study, domains=study.domains[:1])
         for simulated in (False, True):
-            keep("simulation", run_scheme(inside, SIMULATED_SCHEME, recipe, simulated=simulated))
+            yield "simulation", run_scheme(inside, SIMULATED_SCHEME, recipe, simulated=simulated)
     for size, kind in CALIBRATION_SETS if request.calibration_sets else ():
-        keep("calibration_sets", run_calibration_set(study, size, kind))
+        yield "calibration_sets", run_calibration_set(study, size, kind)
     if request.scale_bars:
-        keep("scale_bars", run_scale_bars(study))
-    write_study_report(content, path.with_suffix(".html"), pairs=image_pairs(study))
-    return content
+        yield "scale_bars", run_scale_bars(study)
 
 
 def image_pairs(study: Study) -> list[PairGroup]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +30,9 @@ from pcr_export.qdiffbench.painters import (
     torch_threads,
 )
 from pcr_export.qdiffbench.scores import measure_scores
-from pcr_export.qdiffbench.workers import paint_images, ray_cluster
+from pcr_export.qdiffbench.workers import crew, paint_images
 from pcr_export.recipe import Recipe, recipe_from_json
-from pcr_export.stages import Facts, Key, Stages, key_hash, write_json
+from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
 
 FORMAT = 1
 PIXELS_PER_CALL = 2**17  # prompts of one call, times height and width
@@ -155,8 +154,7 @@ def evaluate_folder(evaluation: Evaluation, extractors: Extractors | None) -> di
     domains = evaluation.domains()
     artifact = _artifact_key(evaluation.folder)
     model = _model_key(evaluation.settings)
-    several = evaluation.workers > 1 or evaluation.address is not None
-    with ray_cluster(evaluation.workers, evaluation.threads, evaluation.address) if several else nullcontext():
+    with crew(evaluation.workers, evaluation.threads, evaluation.address):
         rows = [_evaluate_domain(evaluation, domain, extractors, model, artifact) for domain in domains]
     written = {"format": FORMAT, "command": evaluation.command, "seed": evaluation.noise_seed, "domains": rows}
     write_json(evaluation.folder / "evaluation.json", written)
@@ -216,7 +214,7 @@ def _evaluate_domain(
     return {
         "name": domain.name,
         "prompts_file": domain.shown,
-        "prompts_sha256": _hash_file(domain.path),
+        "prompts_sha256": hash_file(domain.path),
         "n_images": len(domain.prompts),
         **{name: (place / name).as_posix() for name in painters},
         "per_image": (place / "per_image.json").as_posix(),
@@ -270,12 +268,7 @@ def _artifact_key(folder: Path) -> Key:
 
 def _hash_files(folder: Path, paths: Iterable[Path]) -> str:
     """sha256 over the names below `folder` and the contents of files."""
-    return key_hash({path.relative_to(folder).as_posix(): _hash_file(path) for path in sorted(paths)})
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return key_hash({path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(paths)})
 
 
 def _listing(folder: Path) -> str:

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import read_json
 from pcr_export.models.load import quiet
+from pcr_export.stages import hash_file
 
 CLIP = "openai/clip-vit-large-patch14"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # sha256 begins with the last eight letters
@@ -72,7 +73,7 @@ class Clip:
             self._tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
             preprocessing = read_json(Path(str(cached_file(vision, "preprocessor_config.json"))))
             self.sha256, self.text_sha256 = (
-                _sha256(Path(str(cached_file(tower, "model.safetensors")))) for tower in (vision, text)
+                hash_file(Path(str(cached_file(tower, "model.safetensors")))) for tower in (vision, text)
             )
         self._mean, self._std = (
             torch.tensor(preprocessing[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std")
@@ -244,7 +245,7 @@ def _load_real_nets(inception: Path | None, clip: str | Path) -> RealNets:
             f"AlexNet for LPIPS can't be fetched ({error}): put torchvision's alexnet-owt-7be5be79.pth into "
             f"{_torch_cache()}"
         ) from error
-    return RealNets(net, _sha256(weights), _load_clip(clip), lpips)
+    return RealNets(net, hash_file(weights), _load_clip(clip), lpips)
 
 
 def _load_clip(clip: str | Path) -> Clip:
@@ -263,7 +264,7 @@ def _inception_weights(given: Path | None) -> Path:
         if given is None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=prefix, progress=False)
-        known = _sha256(path).startswith(prefix)
+        known = hash_file(path).startswith(prefix)
     except (OSError, RuntimeError) as error:
         raise PcrExportError(
             f"InceptionV3's weights can't be read ({error}): give {INCEPTION_URL} as a file with --inception"
@@ -275,11 +276,6 @@ def _inception_weights(given: Path | None) -> Path:
 
 def _torch_cache() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state_sha256(module: nn.Module) -> str:

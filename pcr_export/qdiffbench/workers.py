@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ def paint_images(
             for indices, pixels in _paint_chunks(painter, prompts, seeds, chunks, workers, threads):
                 write_chunk(pixels, folder, indices)
                 advance(len(indices))
+
+
+def crew(workers: int, threads: int, address: str | None) -> AbstractContextManager[None]:
+    """Several calls of `paint_images` inside share one start of Ray; nothing is started for a single process."""
+    return ray_cluster(workers, threads, address) if workers > 1 or address is not None else nullcontext()
 
 
 @contextmanager
