@@ -26,6 +26,7 @@ from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
 from pcr_export.qdiffbench.features import own_extractors
+from pcr_export.qdiffbench.html_report import write_html_report
 from pcr_export.qdiffbench.images import forget_images_of_another_key, generate_images
 from pcr_export.qdiffbench.painters import engine_call, paint_with
 from pcr_export.qdiffbench.scores import measure_scores
@@ -53,11 +54,13 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
         written_files(model.pipeline, job.folder),
         lambda: _package(job, model),
     )
-    if not job.validate:
-        return finish(job, exported, {})
-    fidelity = validate_artifact(job, exported)
-    quality = judge_images(job, exported, Path(source), eval_prompts)
-    return finish(job, exported, {**fidelity, "quality": quality})
+    validation = {}
+    if job.validate:
+        fidelity = validate_artifact(job, exported)
+        validation = {**fidelity, "quality": judge_images(job, exported, Path(source), eval_prompts)}
+    report = finish(job, exported, validation)
+    write_html_report(job.folder)
+    return report
 
 
 def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], None]) -> dict[str, Any]:

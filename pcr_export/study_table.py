@@ -102,6 +102,7 @@ def run_study(
             row.setdefault("hardware", _hardware())
         keys = {row["key"] for row in rows}
         content[section] = [row for row in content.get(section, []) if row["key"] not in keys] + list(rows)
+        content["hardware"] = "; ".join(sorted({row["hardware"] for row in _all_rows(content)}))
         write_json(path, content)
 
     with crew(**asdict(request.workers)):
@@ -165,7 +166,11 @@ def _read_study(path: Path) -> Facts:
 
 
 def _rows_by_key(content: Facts) -> dict[str, Facts]:
-    return {row["key"]: row for section in SECTIONS for row in content.get(section, [])}
+    return {row["key"]: row for row in _all_rows(content)}
+
+
+def _all_rows(content: Facts) -> list[Facts]:
+    return [row for section in SECTIONS for row in content.get(section, [])]
 
 
 def open_study(request: StudyRequest, known: Mapping[str, Facts], track: Track, log: Callable[[str], None]) -> Study:

@@ -54,6 +54,7 @@ def test_the_main_job(make, tmp_path, monkeypatch, capsys):
     assert report["quality"]["psnr_db"] > 15
     assert min(value or 99 for value in report["fidelity"]["per_step"]) > 30  # flips at rounding boundaries, no more
     assert "PSNR to FP32" in capsys.readouterr().out
+    assert "<h1" in (folder / "report.html").read_text()
     assert sorted(path.name for path in (folder / "images" / "int8").glob("*.png")) == [
         "00000.png",
         "00001.png",
