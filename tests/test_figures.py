@@ -8,14 +8,24 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_scheme_table_is_the_benchmarks():
-    rows = json.loads((RESULTS / "scheme_table.json").read_text())
-    assert len(rows) >= 6
-    for row in rows:
-        quality = row["quality"]
-        figures = f"{quality['fid_to_fp32']:.4f} | {quality['clip_score']:.2f} | {quality['psnr_db']:.2f}"
-        assert f"| {row['scheme']} | {figures} |" in README
-    assert f"FP32 images score {rows[0]['quality']['clip_score_fp32']:.2f}" in README
+def test_study_table_is_the_studys():
+    study = json.loads((RESULTS / "study-tiny-sdxl.json").read_text())
+    schemes = {row["scheme"]: {} for row in study["rows"]}
+    for row in study["rows"]:
+        assert row["n_images"] == 2048
+        schemes[row["scheme"]][row["domain"]] = row
+    assert {"static", "pcr"} <= {name.split("-")[0] for name in schemes}
+    for name, rows in schemes.items():
+        inside, outside = rows["in"], rows["out"]
+        pairs = (
+            (inside[key], outside[key], digits)
+            for key, digits in (("fid_to_fp32", 4), ("clip_score", 2), ("psnr_db", 2))
+        )
+        figures = " | ".join(f"{a:.{digits}f} | {b:.{digits}f}" for a, b, digits in pairs)
+        rest = f"{inside['ssim']:.4f} | {inside['lpips']:.5f}"
+        assert f"| {name} | {inside['mean_activation_bits']:g} | {figures} | {rest} |" in README
+    for domain, facts in study["reference"].items():
+        assert f"{facts['clip_score']:.2f} {domain}" in README
 
 
 def test_latency_table_is_the_benchmarks():

@@ -10,7 +10,13 @@ _MINMAX: Mapping[str, Any] = {"scheme": "static", "ranges": "minmax", "affine": 
 _STATIC_MSE: Mapping[str, Any] = {"scheme": "static"}
 _PER_STEP_FLOAT: Mapping[str, Any] = {"scheme": "float-trajectory"}
 
-# ModelOpt's diffusers example keeps these float; it calibrates with batches of two prompts.
+# What is simplified against the originals; all have this package's weights (per channel, clipped by MSE).
+# static-modelopt: ModelOpt's diffusers example. Linears have min-max after smoothing, convolutions min-mean over steps with the true mean.
+# static-q-diffusion: ranges and the split; its learned rounding is not among them.
+# static-ptq4dm: 64 seeded draws of the step from a normal distribution towards the last steps, the same for all prompts.
+# per-step-float: the activations of TFMQ-DM; its reconstruction of weights is not among them.
+
+# ModelOpt's example keeps these float; it calibrates with batches of two prompts.
 _MODELOPT_SKIP = tuple(
     f"*{name}*" for name in ("time_emb_proj", "time_embedding", "conv_in", "conv_out", "conv_shortcut", "add_embedding")
 )
