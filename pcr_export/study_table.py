@@ -236,7 +236,9 @@ def run_calibration_set(study: Study, size: int, kind: str) -> list[Facts]:
         "empty": lambda: [""] * size,
     }[kind]()
     if len(drawn) < size:
-        raise PcrExportError(f"there are only {len(drawn)} calibration prompts of the kind {kind}: {size} are needed")
+        raise PcrExportError(
+            f"there are only {len(drawn)} calibration prompts of the kind {kind}, {size} are needed: raise --images"
+        )
     recipe = replace(study.base, calib_size=size, **SCHEMES[CALIBRATION_SET_SCHEME])
     few = replace(study, domains=[replace(each, scored=CALIBRATION_SET_IMAGES) for each in study.domains])
     about = {"scheme": CALIBRATION_SET_SCHEME, "prompts": size}

@@ -21,7 +21,7 @@ def request_() -> StudyRequest:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, request_: StudyRequest) -> tuple[StudyRequest, dict]:
-    request = replace(request_, out=tmp_path_factory.mktemp("study"), scale_bars=True)
+    request = replace(request_, out=tmp_path_factory.mktemp("study"), scale_bars=True, simulation_seeds=1)
     return request, run_study(request)
 
 
@@ -45,9 +45,23 @@ def test_every_scheme_has_a_row_in_each_domain(finished: tuple[StudyRequest, dic
     assert "sha256" in json.dumps(content["protocol"])
 
 
+def test_the_simulation_is_scored_beside_its_artifact(finished: tuple[StudyRequest, dict]) -> None:
+    artifact, simulation = finished[1]["simulation"]
+    assert (artifact["simulated"], simulation["simulated"]) == (False, True)
+    assert artifact["domain"] == simulation["domain"] == "in"
+    assert artifact["key"] != simulation["key"]
+    assert simulation["psnr_db"] == pytest.approx(artifact["psnr_db"], abs=3)  # of 4 images, whose roundings differ
+
+
 def test_rows_that_are_known_are_not_made_again(finished: tuple[StudyRequest, dict]) -> None:
     request, content = finished
-    again = replace(request, out=request.out / "again", json_file=request.folder / "study.json", scale_bars=False)
+    again = replace(
+        request,
+        out=request.out / "again",
+        json_file=request.folder / "study.json",
+        scale_bars=False,
+        simulation_seeds=0,
+    )
     assert run_study(again)["rows"] == content["rows"]
     assert not (again.folder / "images").exists()
 
@@ -60,7 +74,7 @@ def test_a_stopped_study_ends_with_the_same_rows(finished: tuple[StudyRequest, d
     for index in (1, 3):
         (images / f"{index:05d}.png").unlink()
     shutil.rmtree(request.folder / "stages" / "in")
-    assert run_study(replace(request, scale_bars=False))["rows"] == content["rows"]
+    assert run_study(replace(request, scale_bars=False, simulation_seeds=0))["rows"] == content["rows"]
 
 
 @pytest.mark.parametrize(
