@@ -32,7 +32,12 @@ CALIBRATION_SET_SCHEME = "pcr-affine"
 CALIBRATION_SET_IMAGES = 512  # of each domain, the first ones; calibration prompts out of domain come from the others
 SIMULATED_SCHEME = "pcr-affine"
 SHOWN_SCHEMES = ("static-minmax", "pcr-last-20")  # whose images stand in the report
-FINE = ("fid_to_fp32", "ssim", "lpips")  # shown with four digits
+SHOWN_METRICS = {  # on the terminal: title, digits
+    "fid_to_fp32": ("FID", 4),
+    "clip_score": ("CLIP", 2),
+    "psnr_db": ("PSNR", 2),
+    "lpips": ("LPIPS", 4),
+}
 OTHER_NOISE = 1  # the seed of the float model's images with other noise
 SECTIONS = ("rows", "simulation", "calibration_sets", "scale_bars")
 
@@ -145,10 +150,11 @@ def image_pairs(study: Study) -> list[PairGroup]:
 
 def table_rows(content: Facts) -> list[tuple[str, ...]]:
     """The table for people: a line per row, one of names on top."""
-    columns = ("scheme", "domain", "bits", "fid_to_fp32", "clip_score", "psnr_db", "ssim", "lpips")
-    lines: list[tuple[str, ...]] = [columns]
+    lines: list[tuple[str, ...]] = [("scheme", "domain", "bits", *(title for title, _ in SHOWN_METRICS.values()))]
     for row in content["rows"]:
-        figures = (f"{row[name]:.{4 if name in FINE else 2}f}" if row[name] is not None else "" for name in columns[3:])
+        figures = (
+            "" if row[name] is None else f"{row[name]:.{digits}f}" for name, (_, digits) in SHOWN_METRICS.items()
+        )
         lines.append((row["scheme"], row["domain"], f"{row['mean_activation_bits']:g}", *figures))
     return lines
 
