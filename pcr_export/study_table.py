@@ -113,7 +113,7 @@ def run_study(
     with crew(**asdict(request.workers)):
         for section, rows in _sections(request, study):
             keep(section, rows)
-    write_study_report(content, path.with_suffix(".html"), pairs=image_pairs(study))
+    write_study_report(content, request.folder / "report.html", pairs=image_pairs(study))
     return content
 
 

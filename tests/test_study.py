@@ -43,6 +43,7 @@ def test_every_scheme_has_a_row_in_each_domain(finished: tuple[StudyRequest, dic
     )
     assert min(half) > max(row["psnr_db"] for row in rows) > max(other)
     assert "sha256" in json.dumps(content["protocol"])
+    assert "pcr-last-20" in (request.folder / "report.html").read_text()
 
 
 def test_the_simulation_is_scored_beside_its_artifact(finished: tuple[StudyRequest, dict]) -> None:
