@@ -25,6 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, request_: StudyRequest) -
     return request, run_study(request)
 
 
+@pytest.mark.slow
 def test_every_scheme_has_a_row_in_each_domain(finished: tuple[StudyRequest, dict]) -> None:
     request, content = finished
     assert content == json.loads((request.folder / "study.json").read_text())
@@ -46,6 +47,7 @@ def test_every_scheme_has_a_row_in_each_domain(finished: tuple[StudyRequest, dic
     assert "pcr-last-20" in (request.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_simulation_is_scored_beside_its_artifact(finished: tuple[StudyRequest, dict]) -> None:
     artifact, simulation = finished[1]["simulation"]
     assert (artifact["simulated"], simulation["simulated"]) == (False, True)
@@ -54,6 +56,7 @@ def test_the_simulation_is_scored_beside_its_artifact(finished: tuple[StudyReque
     assert simulation["psnr_db"] == pytest.approx(artifact["psnr_db"], abs=3)  # of 4 images, whose roundings differ
 
 
+@pytest.mark.slow
 def test_rows_that_are_known_are_not_made_again(finished: tuple[StudyRequest, dict]) -> None:
     request, content = finished
     again = replace(
@@ -67,6 +70,7 @@ def test_rows_that_are_known_are_not_made_again(finished: tuple[StudyRequest, di
     assert not (again.folder / "images").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_study_ends_with_the_same_rows(finished: tuple[StudyRequest, dict]) -> None:
     """The JSON file and half of a scheme's images are lost; the float model's are there."""
     request, content = finished

@@ -19,6 +19,9 @@ TIMESTEPS, BITS = (900.0, 600.0, 300.0), (10, 10, 8)
 SHIPPED = "tensorrt"
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Single layers, so that no rounding is passed on: the graph of each form."""

@@ -90,6 +90,7 @@ def test_the_figures_are_those_of_the_same_inputs_by_hand(exported: Path, compar
     assert comparison.rows[0].max_abs == pytest.approx(float(np.abs(exact - output).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu_target() is not None, reason="this machine has a GPU")
 def test_an_engine_without_a_gpu_is_built_not_run(copy: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

@@ -75,6 +75,7 @@ def test_another_seed_and_another_artifact_paint_again_exactly_what_depends_on_t
     assert second["domains"][0]["scores"]["psnr_db"] != first["domains"][0]["scores"]["psnr_db"]
 
 
+@pytest.mark.slow
 def test_killed_in_mid_run_goes_on_to_the_same_figures(evaluation):
     whole, _ = judge(evaluation)
     killed = evaluation.folder.with_name("killed")

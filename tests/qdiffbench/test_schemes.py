@@ -56,6 +56,7 @@ def denoiser(tmp_path_factory):
     return denoiser_from_pipeline(pipeline, num_inference_steps=3, guidance_scale=4.5, height=16, width=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["static-modelopt", "static-q-diffusion"])
 def test_artifact_of_a_rewritten_network_is_its_simulation(denoiser, name, tmp_path):
     changes = {**SCHEMES[name], "observed_steps": "uniform:2"}

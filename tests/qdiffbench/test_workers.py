@@ -119,6 +119,7 @@ def test_a_cluster_that_is_not_there(address, expected, tmp_path):
         paint(Deadly(), tmp_path / "images", address=address)
 
 
+@pytest.mark.slow
 def test_a_chunk_that_kills_every_worker_ends_the_run_with_one_line(cluster, tmp_path):
     with pytest.raises(PcrExportError, match=r"images 0 to 1: 4 workers died .*use fewer --workers") as failure:
         paint_images(Deadly(), PROMPTS[:2], [0, 1], tmp_path, chunk=2, workers=2, description="images")
