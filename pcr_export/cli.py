@@ -214,6 +214,7 @@ def evaluate(
     with console.status("importing torch and diffusers"):
         from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
         from pcr_export.qdiffbench.features import find_extractors
+        from pcr_export.qdiffbench.workers import Workers
     evaluation = Evaluation(
         folder=folder,
         prompts=prompts or (),
@@ -221,9 +222,7 @@ def evaluate(
         real=real,
         model=model,
         seed=seed,
-        workers=workers,
-        threads=threads,
-        address=address,
+        workers=Workers(count=workers, threads=threads, address=address),
         resume=resume,
         command=shlex.join(["pcr-export", *sys.argv[1:]]),
         track=track,
@@ -264,7 +263,7 @@ def study(
 ) -> None:
     """Run QDiffBench's table: every scheme on the same prompts and noise, each scored as an exported artifact."""
     with console.status("importing torch and diffusers"):
-        from pcr_export.study import Workers
+        from pcr_export.qdiffbench.workers import Workers
         from pcr_export.study_table import StudyRequest, run_study, table_rows
     request = StudyRequest(
         model=model,
@@ -280,7 +279,7 @@ def study(
         simulation_seeds=simulation_seeds,
         calibration_sets=calibration_sets,
         scale_bars=scale_bars,
-        workers=Workers(workers=workers, threads=threads, address=address),
+        workers=Workers(count=workers, threads=threads, address=address),
         inception=inception,
         clip=clip,
         command=shlex.join(["pcr-export", *sys.argv[1:]]),

@@ -32,7 +32,6 @@ from pcr_export.prompts import prompt_seeds
 from pcr_export.qdiffbench.fidelity import Fidelity, measure_fidelity
 from pcr_export.qdiffbench.painters import engine_call
 from pcr_export.qdiffbench.relax_search import RelaxSearch
-from pcr_export.qdiffbench.sensitivity import Sensitivity
 from pcr_export.recipe import Recipe
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
@@ -172,11 +171,6 @@ def search_relaxed_steps(job: Job) -> tuple[Job, Facts]:
     return replace(job, recipe=replace(recipe, relax=format_steps(chosen["steps"]))), {
         name: chosen[name] for name in ("choice", "errors")
     }
-
-
-def measure_sensitivity(job: Job) -> Sensitivity:
-    """What relaxing each step alone does to the final latents; measured once and kept, whatever job.recipe.relax is."""
-    return relax_search(job).sensitivity()
 
 
 def relax_search(job: Job) -> RelaxSearch:

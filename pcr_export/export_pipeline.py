@@ -27,14 +27,12 @@ from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
 from pcr_export.qdiffbench.features import own_extractors
 from pcr_export.qdiffbench.html_report import write_html_report
-from pcr_export.qdiffbench.images import forget_images_of_another_key, generate_images
+from pcr_export.qdiffbench.images import forget_images_of_another_key, generate_images, prompts_per_call
 from pcr_export.qdiffbench.painters import engine_call, paint_with
 from pcr_export.qdiffbench.scores import measure_scores
 from pcr_export.recipe import Recipe
 from pcr_export.request import ExportRequest
-from pcr_export.stages import Facts, key_hash
-
-IMAGE_PIXELS_PER_CALL = 2**18
+from pcr_export.stages import Facts, key_hash, write_json
 
 
 def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -> dict[str, Any]:
@@ -118,7 +116,6 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         **sampling,
     }
     folders = {name: job.folder / "images" / name for name in ("float", "int8")}
-    chunk = max(1, IMAGE_PIXELS_PER_CALL // (job.recipe.height * job.recipe.width))
 
     def make(name: str, call: Any) -> Facts:
         generate_images(
@@ -126,7 +123,7 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
             prompts,
             seeds,
             folders[name],
-            chunk=chunk,
+            chunk=prompts_per_call(job.recipe.height, job.recipe.width),
             description=f"images, {name}",
             track=job.track,
         )
@@ -142,12 +139,12 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
     ):
         forget_images_of_another_key(folders[name], key_hash(key) if job.resume else "")
         exported.stages.run(f"images-{name}", key, [folders[name]], action)
-    extractors = own_extractors(source)
+    extractors, per_image = own_extractors(source), job.folder / "images" / "per_image.json"
 
     def measure() -> Facts:
         facts = asdict(measure_scores(folders["int8"], folders["float"], prompts, extractors, track=job.track))
-        del facts["per_image"]
+        write_json(per_image, facts.pop("per_image"))
         return facts
 
     key = {**exported.key, **float_key, "extractors": extractors.name if extractors else "none"}
-    return exported.stages.run("quality", key, [], measure)
+    return exported.stages.run("quality", key, [per_image], measure)

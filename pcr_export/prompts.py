@@ -7,10 +7,13 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pcr_export.errors import PcrExportError
 from pcr_export.prompt_sets import CONVERT_PARQUET, READERS, lines_of_text
+
+REFERENCE = "tiny-sdxl"  # the model that the package brings along
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -43,6 +46,28 @@ def packaged_prompts(name: str) -> Path:
         if (folder / f"{name}.txt").is_file():
             return folder / f"{name}.txt"
     raise PcrExportError(f"this installation has no prompt set {name}: install it again, or give --prompts-file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSets:
+    """The prompt files of calib/ that belong to a model."""
+
+    calibration: Path
+    in_domain: Path  # like the calibration prompts, none of them among those
+    out_of_domain: Path | None  # other wording, other combinations
+
+
+def own_prompt_sets(model: str) -> PromptSets:
+    """The sets of the reference model, or those for every other model."""
+    if model == REFERENCE:
+        return PromptSets(
+            calibration=packaged_prompts(REFERENCE),
+            in_domain=packaged_prompts(f"{REFERENCE}-eval"),
+            out_of_domain=packaged_prompts(f"{REFERENCE}-out-of-domain"),
+        )
+    return PromptSets(
+        calibration=packaged_prompts("general"), in_domain=packaged_prompts("general-eval"), out_of_domain=None
+    )
 
 
 def choose_prompts(prompts: Sequence[str], count: int, seed: int) -> list[str]:

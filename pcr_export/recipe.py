@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from pcr_export.errors import PcrExportError
 from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
@@ -94,6 +95,18 @@ def recipe_from_json(text: str) -> Recipe:
     if not isinstance(values, dict) or set(values) != names:
         raise PcrExportError("the recipe was written by another version of pcr-export: export again")
     return Recipe(**{**values, "skip": tuple(values["skip"])})
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of an exported folder. Raises PcrExportError where it has none, or a damaged one."""
+    try:
+        return recipe_from_json((folder / "recipe.json").read_text("utf-8"))
+    except OSError as error:
+        raise PcrExportError(
+            f"{folder} has no recipe.json, so it is no exported folder: make one with `pcr-export MODEL`"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise PcrExportError(f"{folder / 'recipe.json'} is no text ({error}): export again") from error
 
 
 def parse_observed_steps(text: str, num_steps: int) -> tuple[str, int]:

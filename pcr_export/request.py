@@ -10,13 +10,12 @@ from typing import Any
 from pcr_export.engine_settings import EngineSettings, parse_range
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, resolve
-from pcr_export.prompts import packaged_prompts, read_prompts
+from pcr_export.prompts import own_prompt_sets, read_prompts
 from pcr_export.recipe import Recipe, parse_bits
 
 CALIBRATION_PIXELS_PER_CALL = 2**20  # prompts of one UNet call, times height and width
 VALIDATION_PIXELS = 2**19  # validation images, times height and width
 MOST_IMAGES = 128
-REFERENCE = "tiny-sdxl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +88,10 @@ class ExportRequest:
 
     def prompt_sets(self) -> tuple[list[str], list[str]]:
         """The prompts to calibrate on and those to validate with: the user's files, or the sets of calib/."""
-        name = REFERENCE if self.model == REFERENCE else "general"
+        own = own_prompt_sets(self.model)
         return (
-            read_prompts(self.prompts_file or packaged_prompts(name)),
-            read_prompts(self.eval_prompts_file or packaged_prompts(f"{name}-eval")),
+            read_prompts(self.prompts_file or own.calibration),
+            read_prompts(self.eval_prompts_file or own.in_domain),
         )
 
     def check(self) -> None:

@@ -19,10 +19,10 @@ from pcr_export.models.load import LoadedModel
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds
 from pcr_export.qdiffbench.features import Extractors
-from pcr_export.qdiffbench.images import forget_images_of_another_key
+from pcr_export.qdiffbench.images import forget_images_of_another_key, prompts_per_call
 from pcr_export.qdiffbench.painters import FloatPainter, Painter, SimulationPainter, UnetPainter, settings_of
 from pcr_export.qdiffbench.scores import measure_scores
-from pcr_export.qdiffbench.workers import paint_images
+from pcr_export.qdiffbench.workers import Workers, paint_images
 from pcr_export.recipe import Recipe
 from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
 from pcr_export.step_scales import read_step_scales
@@ -30,7 +30,6 @@ from pcr_export.step_scales import read_step_scales
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-CHUNK_PIXELS = 2**17  # prompts of one call, times height and width
 NOISE_SEED = 0  # of every image but those that are painted with other noise on purpose
 METRICS = ("n_images", "fid_to_fp32", "kid_to_fp32", "clip_score", "psnr_db", "ssim", "lpips")
 
@@ -47,15 +46,6 @@ class Domain:
     def scored_prompts(self) -> Sequence[str]:
         """The prompts that a scheme paints."""
         return self.prompts[: self.scored]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """Who paints; `paint_images` says what each means."""
-
-    workers: int = 1
-    threads: int = 1
-    address: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,26 +178,17 @@ def paint(
     """The folder of a painter's images of `prompts`; those that are there already are kept."""
     folder = study.folder / "images" / domain.name / name
     image_key = {**_image_key(study, prompts), **key, "noise": str(noise_seed)}
-    chunk = max(1, CHUNK_PIXELS // (study.base.height * study.base.width))
-
-    def make() -> Facts:
-        forget_images_of_another_key(folder, key_hash(image_key))
-        paint_images(
-            painter,
-            prompts,
-            prompt_seeds(prompts, noise_seed),
-            folder,
-            chunk=chunk,
-            workers=study.workers.workers,
-            threads=study.workers.threads,
-            address=study.workers.address,
-            description=f"{name}, {domain.name} domain",
-            track=study.track,
-        )
-        return {}
-
-    stages = Stages(study.folder / "stages" / domain.name, log=study.log)
-    stages.run(f"images-{name}", image_key, [folder], make)
+    forget_images_of_another_key(folder, key_hash(image_key))
+    paint_images(
+        painter,
+        prompts,
+        prompt_seeds(prompts, noise_seed),
+        folder,
+        chunk=prompts_per_call(study.base.height, study.base.width),
+        workers=study.workers,
+        description=f"{name}, {domain.name} domain",
+        track=study.track,
+    )
     return folder
 
 

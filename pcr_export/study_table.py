@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pcr_export.errors import PcrExportError
@@ -14,17 +14,19 @@ from pcr_export.graph.quantize import write_half_onnx
 from pcr_export.models.catalog import read_json, resolve
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.progress import Track, silent
-from pcr_export.prompts import choose_prompts, packaged_prompts, read_prompts
+from pcr_export.prompts import choose_prompts, own_prompt_sets, read_prompts
 from pcr_export.qdiffbench.features import find_extractors
-from pcr_export.qdiffbench.image_pairs import PairGroup, choose_pairs
+from pcr_export.qdiffbench.html_report import read_pairs
+from pcr_export.qdiffbench.image_pairs import PairGroup
+from pcr_export.qdiffbench.metrics import METRICS, format_metric
 from pcr_export.qdiffbench.painters import FloatPainter, UnetPainter, settings_of
 from pcr_export.qdiffbench.schemes import SCHEMES
 from pcr_export.qdiffbench.study_report import write_study_report
-from pcr_export.qdiffbench.workers import crew
+from pcr_export.qdiffbench.workers import Workers, worker_processes
 from pcr_export.recipe import Recipe
-from pcr_export.request import CALIBRATION_PIXELS_PER_CALL, REFERENCE
+from pcr_export.request import CALIBRATION_PIXELS_PER_CALL
 from pcr_export.stages import Facts, write_json
-from pcr_export.study import Domain, Study, Workers, run_scheme, score, score_recipe
+from pcr_export.study import Domain, Study, run_scheme, score, score_recipe
 
 FORMAT = 1
 CALIBRATION_SETS = ((4, "in"), (16, "in"), (64, "in"), (256, "in"), (64, "out"), (64, "mixed"), (64, "empty"))
@@ -32,12 +34,7 @@ CALIBRATION_SET_SCHEME = "pcr-affine"
 CALIBRATION_SET_IMAGES = 512  # of each domain, the first ones; calibration prompts out of domain come from the others
 SIMULATED_SCHEME = "pcr-affine"
 SHOWN_SCHEMES = ("static-minmax", "pcr-last-20")  # whose images stand in the report
-SHOWN_METRICS = {  # on the terminal: title, digits
-    "fid_to_fp32": ("FID", 4),
-    "clip_score": ("CLIP", 2),
-    "psnr_db": ("PSNR", 2),
-    "lpips": ("LPIPS", 4),
-}
+SHOWN_METRICS = ("fid_to_fp32", "clip_score", "psnr_db", "lpips")  # on the terminal
 OTHER_NOISE = 1  # the seed of the float model's images with other noise
 SECTIONS = ("rows", "simulation", "calibration_sets", "scale_bars")
 
@@ -110,7 +107,7 @@ def run_study(
         content["hardware"] = "; ".join(sorted({row["hardware"] for row in _all_rows(content)}))
         write_json(path, content)
 
-    with crew(**asdict(request.workers)):
+    with worker_processes(request.workers):
         for section, rows in _sections(request, study):
             keep(section, rows)
     write_study_report(content, request.folder / "report.html", pairs=image_pairs(study))
@@ -140,21 +137,17 @@ def image_pairs(study: Study) -> list[PairGroup]:
         for name in SHOWN_SCHEMES:
             folder = reference.with_name(f"{name}-{study.base.seed}")
             if (folder / "per_image.json").is_file():
-                each = read_json(folder / "per_image.json")
-                pairs = choose_pairs(
-                    reference, folder, psnr_db=each["psnr_db"], lpips=each["lpips"], prompts=domain.scored_prompts
-                )
-                groups.append(PairGroup(title=f"{name}, {domain.name} domain", pairs=pairs))
+                title = f"{name}, {domain.name} domain"
+                groups.append(read_pairs(title, reference, folder, folder / "per_image.json"))
     return groups
 
 
 def table_rows(content: Facts) -> list[tuple[str, ...]]:
     """The table for people: a line per row, one of names on top."""
-    lines: list[tuple[str, ...]] = [("scheme", "domain", "bits", *(title for title, _ in SHOWN_METRICS.values()))]
+    heads = (METRICS[name].short for name in SHOWN_METRICS)
+    lines: list[tuple[str, ...]] = [("scheme", "domain", "bits", *heads)]
     for row in content["rows"]:
-        figures = (
-            "" if row[name] is None else f"{row[name]:.{digits}f}" for name, (_, digits) in SHOWN_METRICS.items()
-        )
+        figures = (format_metric(name, row) for name in SHOWN_METRICS)
         lines.append((row["scheme"], row["domain"], f"{row['mean_activation_bits']:g}", *figures))
     return lines
 
@@ -183,7 +176,7 @@ def open_study(request: StudyRequest, known: Mapping[str, Facts], track: Track, 
     """Load the model and everything that all rows share."""
     entry = resolve(request.model)
     model = load_model(entry if request.steps is None else replace(entry, num_inference_steps=request.steps))
-    calibration = _calibration_prompts(request)
+    calibration = read_prompts(request.prompts_file or own_prompt_sets(request.model).calibration)
     return Study(
         model=model,
         base=base_recipe(request.model, model, min(request.calib_size, len(calibration))),
@@ -215,21 +208,16 @@ def base_recipe(name: str, model: LoadedModel, calib_size: int) -> Recipe:
 
 def domains(request: StudyRequest) -> list[Domain]:
     """The prompts in and out of the domain of the calibration prompts; without a set out of domain, the first alone."""
-    is_reference = request.model == REFERENCE
-    inside = request.in_domain_file or packaged_prompts(f"{REFERENCE if is_reference else 'general'}-eval")
-    outside = request.out_of_domain_file or (packaged_prompts(f"{REFERENCE}-out-of-domain") if is_reference else None)
-    files = {"in": inside, "out": outside}
+    own = own_prompt_sets(request.model)
+    files = {
+        "in": request.in_domain_file or own.in_domain,
+        "out": request.out_of_domain_file or own.out_of_domain,
+    }
     return [
         Domain(name=name, prompts=read_prompts(path)[: request.images])
         for name, path in files.items()
         if path is not None
     ]
-
-
-def _calibration_prompts(request: StudyRequest) -> list[str]:
-    return read_prompts(
-        request.prompts_file or packaged_prompts(REFERENCE if request.model == REFERENCE else "general")
-    )
 
 
 def run_calibration_set(study: Study, size: int, kind: str) -> list[Facts]:

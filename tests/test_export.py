@@ -11,7 +11,7 @@ from class_conditional import TIMESTEPS, class_conditional_denoiser
 
 from pcr_export import Job, Recipe, export_denoiser
 from pcr_export.errors import PcrExportError
-from pcr_export.export import measure_sensitivity
+from pcr_export.export import relax_search
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.progress import silent
 from pcr_export.qdiffbench.sensitivity import choose_steps
@@ -170,7 +170,7 @@ def test_a_search_is_done_once_for_every_mean(searched):
     denoiser.network.register_forward_hook(lambda *_: calls.append(1))
     assert export_unchecked(folder, "auto:8.8", denoiser)["relaxed"] == report["relaxed"]
     assert len(calls) == 1  # finds the layers
-    (most,) = choose_steps(measure_sensitivity(job(folder, relax="last:20%")), 8.4)
+    (most,) = choose_steps(relax_search(job(folder, relax="last:20%")).sensitivity(), 8.4)
     assert export_unchecked(folder, "auto:8.4")["relaxed"]["steps"] == [most]
     assert export_unchecked(folder, "auto:8")["relaxed"]["steps"] == []
     export_unchecked(folder, "none")

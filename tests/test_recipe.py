@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from pcr_export.errors import PcrExportError
-from pcr_export.recipe import Recipe, parse_bits, recipe_from_json
+from pcr_export.recipe import Recipe, parse_bits, read_recipe, recipe_from_json
 from pcr_export.relaxed_steps import parse_relaxed_steps
 
 SETTINGS = {"model": "tiny-sdxl", "num_inference_steps": 20, "guidance_scale": 4.5, "height": 64, "width": 64}
@@ -90,3 +90,14 @@ def test_relaxed_steps_are_half_open_and_exact(text, expected):
 def test_relaxed_steps_that_do_not_exist_are_refused(text):
     with pytest.raises(PcrExportError, match="--relax"):
         parse_relaxed_steps(text, 20)
+
+
+def test_the_recipe_of_a_folder(tmp_path):
+    with pytest.raises(PcrExportError, match="has no recipe.json, so it is no exported folder"):
+        read_recipe(tmp_path)
+    (tmp_path / "recipe.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(PcrExportError, match="recipe.json is no text .*: export again"):
+        read_recipe(tmp_path)
+    recipe = Recipe(model="m", num_inference_steps=2, guidance_scale=1.0, height=8, width=8)
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert read_recipe(tmp_path) == recipe

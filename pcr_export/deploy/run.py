@@ -28,7 +28,7 @@ from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.load import LoadedModel
 from pcr_export.models.pipelines import Pipeline
 from pcr_export.qdiffbench.images import to_uint8
-from pcr_export.recipe import recipe_from_json
+from pcr_export.recipe import read_recipe
 
 
 def generate(
@@ -74,9 +74,8 @@ def load_exported_model(folder: Path, threads: int | None = None, *, engine: str
     """
     pipeline = load_exported_pipeline(folder, threads, engine=engine)
     entry = CatalogEntry(name=folder.resolve().name, source=str(folder))
-    path = folder / "recipe.json"
-    if path.is_file():
-        recipe = recipe_from_json(path.read_text("utf-8"))
+    if (folder / "recipe.json").is_file():
+        recipe = read_recipe(folder)
         names = ("num_inference_steps", "guidance_scale", "height", "width")
         entry = replace(entry, **{name: getattr(recipe, name) for name in names})
     size = pipeline.unet.config.sample_size

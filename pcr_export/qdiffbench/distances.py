@@ -105,15 +105,15 @@ class NetworkScores:
     def update(self, ours: Tensor, theirs: Tensor, prompts: Sequence[str]) -> list[float]:
         """Take a batch of the artifact's and of the float model's uint8 [batch, 3, height, width]; returns LPIPS of each pair."""
         text = self._extractors.text_features(prompts)
-        our_look, their_look = self._extractors.look(ours), self._extractors.look(theirs)
-        self._to_fp32.update(our_look.features, real=False)
-        self._to_fp32.update(their_look.features, real=True)
-        self._to_real.update(our_look.features, real=False)
-        self._kernel.update(our_look.features, their_look.features)
-        self._clip += clip_scores(our_look.embeds, text).sum().item()
-        self._clip_fp32 += clip_scores(their_look.embeds, text).sum().item()
+        our_outputs, their_outputs = self._extractors.outputs(ours), self._extractors.outputs(theirs)
+        self._to_fp32.update(our_outputs.features, real=False)
+        self._to_fp32.update(their_outputs.features, real=True)
+        self._to_real.update(our_outputs.features, real=False)
+        self._kernel.update(our_outputs.features, their_outputs.features)
+        self._clip += clip_scores(our_outputs.embeds, text).sum().item()
+        self._clip_fp32 += clip_scores(their_outputs.embeds, text).sum().item()
         self._count += len(prompts)
-        values: list[float] = self._extractors.lpips(our_look, their_look).tolist()
+        values: list[float] = self._extractors.lpips(our_outputs, their_outputs).tolist()
         return values
 
     def update_real(self, images: Tensor) -> None:

@@ -17,10 +17,11 @@ from pcr_export import __version__
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import resolve
 from pcr_export.progress import Track, silent
-from pcr_export.prompts import packaged_prompts, prompt_seeds, read_prompts
+from pcr_export.prompts import own_prompt_sets, prompt_seeds, read_prompts
 from pcr_export.qdiffbench.features import Extractors
 from pcr_export.qdiffbench.html_report import write_html_report
-from pcr_export.qdiffbench.images import forget_images_of_another_key
+from pcr_export.qdiffbench.images import forget_images_of_another_key, prompts_per_call
+from pcr_export.qdiffbench.metrics import METRICS, format_metric
 from pcr_export.qdiffbench.painters import (
     FloatPainter,
     FolderPainter,
@@ -30,14 +31,11 @@ from pcr_export.qdiffbench.painters import (
     torch_threads,
 )
 from pcr_export.qdiffbench.scores import measure_scores
-from pcr_export.qdiffbench.workers import crew, paint_images
-from pcr_export.recipe import Recipe, recipe_from_json
+from pcr_export.qdiffbench.workers import Workers, paint_images, worker_processes
+from pcr_export.recipe import Recipe, read_recipe
 from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
 
 FORMAT = 1
-PIXELS_PER_CALL = 2**17  # prompts of one call, times height and width
-OWN_PROMPT_SETS = {"tiny-sdxl": ("tiny-sdxl-eval", "tiny-sdxl-out-of-domain")}  # in domain, out of domain
-PROMPT_SETS = ("general-eval",)  # of every other model
 ARTIFACT_PARTS = (
     "scheduler",
     "text_encoder",
@@ -46,17 +44,6 @@ ARTIFACT_PARTS = (
     "tokenizer_2",
     "unet",
     "vae_decoder",
-)
-ROWS = (  # of the printed table: figure, its title, how it is written
-    ("n_images", "images", "{:d}"),
-    ("fid_to_fp32", "FID to FP32", "{:.4f}"),
-    ("fid_to_real", "FID to real images", "{:.4f}"),
-    ("kid_to_fp32", "KID to FP32", "{:.6f}"),
-    ("clip_score", "CLIP score", "{:.2f}"),
-    ("clip_score_fp32", "CLIP score of FP32", "{:.2f}"),
-    ("psnr_db", "PSNR to FP32, dB", "{:.2f}"),
-    ("ssim", "SSIM to FP32", "{:.4f}"),
-    ("lpips", "LPIPS to FP32", "{:.4f}"),
 )
 
 
@@ -70,31 +57,22 @@ class Evaluation:
     real: Path | None = None  # a folder of real images, for another Frechet distance
     model: str | None = None  # where the float model is found; None: as the recipe names it
     seed: int | None = None  # of the initial noise; None: the recipe's
-    workers: int = 1
-    threads: int = 1  # of each worker; the last digits of float sums depend on it
-    address: str | None = None  # as `paint_images` has it
+    workers: Workers = field(default_factory=Workers)
     resume: bool = True
     command: str = ""  # what a person typed, for the report
     track: Track = silent
     log: Callable[[str], None] = field(default=lambda _line: None)
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 2), ("workers", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise PcrExportError(f"--{name} must be at least {least}, got {value}")
+        if self.images is not None and self.images < 2:
+            raise PcrExportError(f"--images must be at least 2, got {self.images}")
         if self.real is not None and not self.real.is_dir():
             raise PcrExportError(f"--real {self.real} is no folder: give one of real images")
 
     @cached_property
     def recipe(self) -> Recipe:
         """The exported folder's recipe. Raises PcrExportError where the folder is no export."""
-        try:
-            return recipe_from_json((self.folder / "recipe.json").read_text("utf-8"))
-        except OSError as error:
-            raise PcrExportError(
-                f"{self.folder} has no recipe.json, so it is no exported folder: make one with `pcr-export MODEL`"
-            ) from error
+        return read_recipe(self.folder)
 
     @cached_property
     def settings(self) -> ModelSettings:
@@ -116,10 +94,9 @@ class Evaluation:
 
     def domains(self) -> list[Domain]:
         """The prompt sets. Raises PcrExportError where one can't be read, is too small, or shares its name with another."""
-        own = OWN_PROMPT_SETS.get(self.recipe.model, PROMPT_SETS)
-        files = [(path, str(path)) for path in self.prompts] or [
-            (packaged_prompts(name), f"calib/{name}.txt") for name in own
-        ]
+        own = own_prompt_sets(self.recipe.model)
+        packaged = [path for path in (own.in_domain, own.out_of_domain) if path is not None]
+        files = [(path, str(path)) for path in self.prompts] or [(path, f"calib/{path.name}") for path in packaged]
         domains = [Domain(path.stem, path, shown, read_prompts(path)[: self.images]) for path, shown in files]
         for domain in domains:
             if len(domain.prompts) < 2:
@@ -154,7 +131,7 @@ def evaluate_folder(evaluation: Evaluation, extractors: Extractors | None) -> di
     domains = evaluation.domains()
     artifact = _artifact_key(evaluation.folder)
     model = _model_key(evaluation.settings)
-    with crew(evaluation.workers, evaluation.threads, evaluation.address):
+    with worker_processes(evaluation.workers):
         rows = [_evaluate_domain(evaluation, domain, extractors, model, artifact) for domain in domains]
     written = {"format": FORMAT, "command": evaluation.command, "seed": evaluation.noise_seed, "domains": rows}
     write_json(evaluation.folder / "evaluation.json", written)
@@ -166,10 +143,9 @@ def table_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     """What evaluation.json says, as a table with a column for each domain. Figures that were not measured are left out."""
     domains = evaluation["domains"]
     rows = [("", *(domain["name"] for domain in domains))]
-    for name, title, form in ROWS:
-        values = [domain["scores"][name] for domain in domains]
-        if any(value is not None for value in values):
-            rows.append((title, *("-" if value is None else form.format(value) for value in values)))
+    for name, metric in METRICS.items():
+        if any(domain["scores"][name] is not None for domain in domains):
+            rows.append((metric.head, *(format_metric(name, domain["scores"]) for domain in domains)))
     warnings = dict.fromkeys(text for domain in domains if (text := domain["scores"]["warning"]))
     return [*rows, *(("note", text) for text in warnings)]
 
@@ -191,7 +167,7 @@ def _evaluate_domain(
         _paint(evaluation, domain, painter, folder / name, name)
 
     def measure() -> Facts:
-        with torch_threads(evaluation.threads):
+        with torch_threads(evaluation.workers.threads):
             scores = asdict(
                 measure_scores(
                     folder / "artifact",
@@ -228,10 +204,8 @@ def _paint(evaluation: Evaluation, domain: Domain, painter: Painter, folder: Pat
         domain.prompts,
         prompt_seeds(domain.prompts, evaluation.noise_seed),
         folder,
-        chunk=max(1, PIXELS_PER_CALL // (evaluation.recipe.height * evaluation.recipe.width)),
+        chunk=prompts_per_call(evaluation.recipe.height, evaluation.recipe.width),
         workers=evaluation.workers,
-        threads=evaluation.threads,
-        address=evaluation.address,
         description=f"{domain.name}, {name}",
         track=evaluation.track,
     )
@@ -242,7 +216,7 @@ def _common_key(evaluation: Evaluation, domain: Domain) -> Key:
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "threads": str(evaluation.threads),
+        "threads": str(evaluation.workers.threads),
         "seed": str(evaluation.noise_seed),
         "prompts": hashlib.sha256(json.dumps(domain.prompts).encode()).hexdigest(),
     }

@@ -26,8 +26,8 @@ SHOWN_LETTERS = 16  # of a sha256, in a name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What the networks see in a batch of images, float32."""
+class NetworkOutputs:
+    """What the networks compute from a batch of images, float32."""
 
     features: Tensor  # [batch, num_features], of the Frechet and the kernel distance
     embeds: Tensor  # [batch, CLIP's width], of the CLIP score
@@ -44,13 +44,13 @@ class Extractors(Protocol):
     def features(self, images: Tensor) -> Tensor:
         """uint8 [batch, 3, height, width] -> float32 [batch, num_features]."""
 
-    def look(self, images: Tensor) -> Look:
+    def outputs(self, images: Tensor) -> NetworkOutputs:
         """Everything of uint8 [batch, 3, height, width]."""
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """float32 [len(prompts), CLIP's width]."""
 
-    def lpips(self, ours: Look, theirs: Look) -> Tensor:
+    def lpips(self, ours: NetworkOutputs, theirs: NetworkOutputs) -> Tensor:
         """float32 [batch], the perceptual distance of each pair."""
 
 
@@ -92,8 +92,8 @@ class Clip:
     @torch.inference_mode()
     def image_features_and_layers(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As `image_features`, and each transformer layer's output for the patches, float32 [batch, patches, channels]."""
-        seen = self._vision(pixel_values=self._pixels(images), output_hidden_states=True)
-        return seen.image_embeds, tuple(states[:, 1:] for states in seen.hidden_states[1:])
+        outputs = self._vision(pixel_values=self._pixels(images), output_hidden_states=True)
+        return outputs.image_embeds, tuple(states[:, 1:] for states in outputs.hidden_states[1:])
 
     @torch.inference_mode()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -134,12 +134,12 @@ class OwnClip:
             "lpips": f"unweighted, mean over the layers of {clip.name}",
         }
 
-    def look(self, images: Tensor) -> Look:
+    def outputs(self, images: Tensor) -> NetworkOutputs:
         """As Extractors says."""
         embeds, layers = self._clip.image_features_and_layers(images)
-        return Look(features=embeds, embeds=embeds, layers=layers)
+        return NetworkOutputs(features=embeds, embeds=embeds, layers=layers)
 
-    def lpips(self, ours: Look, theirs: Look) -> Tensor:
+    def lpips(self, ours: NetworkOutputs, theirs: NetworkOutputs) -> Tensor:
         """As Extractors says."""
         return unweighted_lpips(ours.layers, theirs.layers)
 
@@ -192,13 +192,13 @@ class RealNets:
         features: Tensor = self._inception(images)
         return features
 
-    def look(self, images: Tensor) -> Look:
+    def outputs(self, images: Tensor) -> NetworkOutputs:
         """As Extractors says."""
         embeds = self._clip.image_features(images)
-        return Look(features=self.features(images), embeds=embeds, layers=(images.float() / 255,))
+        return NetworkOutputs(features=self.features(images), embeds=embeds, layers=(images.float() / 255,))
 
     @torch.inference_mode()
-    def lpips(self, ours: Look, theirs: Look) -> Tensor:
+    def lpips(self, ours: NetworkOutputs, theirs: NetworkOutputs) -> Tensor:
         """As Extractors says."""
         distances: Tensor = self._lpips(ours.layers[0], theirs.layers[0], normalize=True)
         return distances.flatten()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,27 +10,16 @@ from typing import Any
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import read_json
-from pcr_export.prompts import read_prompts
-from pcr_export.qdiffbench.image_pairs import PairGroup, choose_pairs, measure_psnr
+from pcr_export.qdiffbench.image_pairs import PairGroup, choose_pairs
+from pcr_export.qdiffbench.metrics import METRICS, NOT_MEASURED, format_metric
 from pcr_export.qdiffbench.page import Chart, Section, Table, write_page
 from pcr_export.qdiffbench.report_figures import draw_bits, draw_error_by_step, draw_scales, draw_sensitivity
+from pcr_export.qdiffbench.scores import PerImage
 from pcr_export.relaxed_steps import format_steps
 from pcr_export.report import summary_rows
 from pcr_export.step_scales import StepScales, read_step_scales
 
 NAME = "report.html"
-NOT_MEASURED = "-"
-METRICS = (  # field of the scores, name, format
-    ("n_images", "images", "{:d}"),
-    ("fid_to_fp32", "FID to FP32 ↓", "{:#.3g}"),
-    ("kid_to_fp32", "1000 KID to FP32 ↓", "{:#.3g}"),
-    ("fid_to_real", "FID to real images ↓", "{:#.3g}"),
-    ("clip_score", "CLIP score ↑", "{:.2f}"),
-    ("clip_score_fp32", "CLIP score of FP32", "{:.2f}"),
-    ("psnr_db", "PSNR to FP32, dB ↑", "{:.2f}"),
-    ("ssim", "SSIM to FP32 ↑", "{:.4f}"),
-    ("lpips", "LPIPS to FP32 ↓", "{:.4f}"),
-)
 Facts = Mapping[str, Any]
 
 
@@ -71,13 +59,6 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def format_metric(name: str, scores: Facts) -> str:
-    """A figure as the page shows it; a dash where it was not measured."""
-    value = scores.get(name)
-    form = next(form for field, _, form in METRICS if field == name)
-    return NOT_MEASURED if value is None else form.format(value * 1000 if name == "kid_to_fp32" else value)
-
-
 def protocol_table(protocol: Facts, caption: str) -> Table:
     """How the figures were measured, nested names joined by dots."""
     return Table(caption=caption, head=(), rows=list(_flatten(protocol)), numeric=False)
@@ -92,7 +73,7 @@ def _flatten(facts: Facts, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _summary(report: Facts, recipe: Facts, scales: StepScales, relaxed: Sequence[int]) -> list[tuple[str, str]]:
-    rows = dict(summary_rows({"relaxed": {"steps": []}, **report, "fidelity": None, "quality": None}))
+    rows = dict(summary_rows({**report, "fidelity": None, "quality": None}))
     return [
         ("image", f"{recipe['width']} x {recipe['height']} pixels"),
         ("sampling", f"{recipe['num_inference_steps']} steps, guidance scale {recipe['guidance_scale']:g}"),
@@ -142,24 +123,14 @@ def _evaluated_pairs(folder: Path, domain: Facts, title: str) -> PairGroup | Non
     reference, quantized = folder / domain["fp32"], folder / domain["artifact"]
     if not (reference.is_dir() and quantized.is_dir()):
         return None
-    path = folder / domain["per_image"]
-    per_image = read_json(path)
-    with reading(path):
-        pairs = choose_pairs(
-            reference,
-            quantized,
-            psnr_db=per_image["psnr_db"],
-            lpips=per_image["lpips"],
-            prompts=_known_prompts(Path(domain["prompts_file"]), domain["prompts_sha256"]),
-        )
-    return PairGroup(title=title, pairs=pairs)
+    return read_pairs(title, reference, quantized, folder / domain["per_image"])
 
 
-def _known_prompts(path: Path, sha256: str) -> list[str]:
-    """The prompts of an evaluation, where their file is still there and still the same."""
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        return []
-    return read_prompts(path)
+def read_pairs(title: str, reference: Path, quantized: Path, per_image: Path) -> PairGroup:
+    """The worst, median and best pairs of two folders by the figures in `per_image`. Raises PcrExportError where that is damaged."""
+    facts = read_json(per_image)
+    with reading(per_image):
+        return PairGroup(title=title, pairs=choose_pairs(reference, quantized, PerImage(**facts)))
 
 
 def _validation_sections(folder: Path, report: Facts) -> list[Section]:
@@ -172,12 +143,11 @@ def _validation_sections(folder: Path, report: Facts) -> list[Section]:
         f"{no_evaluation} Until then, the figures are those of the validation at the export.",
         *_warnings([quality]),
     ]
-    known = {"extractor": quality.get("extractor"), **quality.get("protocol", {})}
     figures = Section(heading="Figures", notes=notes, tables=[_figures_table(["validation"], [quality])])
-    protocol = Section(heading="Protocol", tables=[protocol_table(known, "Protocol of the validation")])
-    reference, quantized = folder / "images" / "float", folder / "images" / "int8"
-    psnr_db = measure_psnr(reference, quantized)
-    groups = [PairGroup(title="", pairs=choose_pairs(reference, quantized, psnr_db=psnr_db))] if psnr_db else []
+    protocol = Section(heading="Protocol", tables=[protocol_table(quality["protocol"], "Protocol of the validation")])
+    images = folder / "images"
+    there = all((images / name).exists() for name in ("float", "int8", "per_image.json"))
+    groups = [read_pairs("", images / "float", images / "int8", images / "per_image.json")] if there else []
     pairs = Section(heading="Worst, median and best images", notes=[_order_note(groups)], groups=groups)
     return [figures, pairs, protocol]
 
@@ -193,9 +163,9 @@ def _order_note(groups: Sequence[PairGroup]) -> str:
 
 def _figures_table(names: Sequence[str], scores: Sequence[Facts]) -> Table:
     rows = [
-        (label, *(format_metric(field, each) for each in scores))
-        for field, label, _ in METRICS
-        if any(each.get(field) is not None for each in scores)
+        (metric.head, *(format_metric(name, each) for each in scores))
+        for name, metric in METRICS.items()
+        if any(each.get(name) is not None for each in scores)
     ]
     return Table(caption="The exported artifact; ↓ lower is better, ↑ higher is better", head=("", *names), rows=rows)
 

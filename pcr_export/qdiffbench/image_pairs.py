@@ -13,11 +13,11 @@ from PIL import Image
 
 from pcr_export.errors import PcrExportError
 from pcr_export.qdiffbench.images import image_path
+from pcr_export.qdiffbench.scores import PerImage
 
 PAIRS_OF_A_KIND = 3
 LARGEST_SIDE = 384  # pixels; larger images are shown smaller, so that a phone can load the page
 PIXELATED_BELOW = 128  # pixels; smaller images are enlarged without smoothing
-PSNR_OF_EQUAL_IMAGES = 100.0  # dB, as the scores have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ImagePair:
 
     kind: str  # "worst", "median" or "best"
     index: int  # of the prompt
-    prompt: str  # empty where it is not known
+    prompt: str
     psnr_db: float
     lpips: float | None
     size: int  # pixels: width of the image as it is shown
@@ -48,24 +48,18 @@ class PairGroup:
 
 
 def choose_pairs(
-    reference: Path,
-    quantized: Path,
-    *,
-    psnr_db: Sequence[float],
-    lpips: Sequence[float] = (),
-    prompts: Sequence[str] = (),
-    count: int = PAIRS_OF_A_KIND,
+    reference: Path, quantized: Path, per_image: PerImage, count: int = PAIRS_OF_A_KIND
 ) -> list[ImagePair]:
     """The `count` worst, median and best prompts by LPIPS, or by PSNR where there is no LPIPS; worst first.
 
     Args:
         reference, quantized: folders of the images of both models.
-        psnr_db, lpips: of each image, in the order of the prompts.
+        per_image: what `measure_scores` found for each image.
 
     Raises:
         PcrExportError: an image is missing or damaged.
     """
-    badness = np.asarray(lpips) if len(lpips) else -np.asarray(psnr_db)
+    badness = np.asarray(per_image.lpips) if per_image.lpips else -np.asarray(per_image.psnr_db)
     order = np.argsort(-badness, kind="stable").tolist()  # worst first
     pairs = []
     for kind, indices in _kinds(order, count):
@@ -75,27 +69,15 @@ def choose_pairs(
                 ImagePair(
                     kind=kind,
                     index=index,
-                    prompt=prompts[index] if index < len(prompts) else "",
-                    psnr_db=psnr_db[index],
-                    lpips=lpips[index] if len(lpips) else None,
+                    prompt=per_image.prompts[index],
+                    psnr_db=per_image.psnr_db[index],
+                    lpips=per_image.lpips[index] if per_image.lpips else None,
                     size=size,
                     reference=shown,
                     quantized=_data_uri(image_path(quantized, index))[0],
                 )
             )
     return pairs
-
-
-def measure_psnr(reference: Path, quantized: Path) -> list[float]:
-    """PSNR in dB of each pair 0, 1, ... that lies in both folders, for 8-bit pixels."""
-    values: list[float] = []
-    while all(image_path(folder, len(values)).exists() for folder in (reference, quantized)):
-        ours, theirs = (_pixels(image_path(folder, len(values))) for folder in (quantized, reference))
-        if ours.shape != theirs.shape:
-            raise PcrExportError(f"{quantized} and {reference} hold images of two sizes: export again")
-        error = np.square(ours - theirs).mean()
-        values.append(10 * float(np.log10(255**2 / error)) if error else PSNR_OF_EQUAL_IMAGES)
-    return values
 
 
 def _kinds(order: Sequence[int], count: int) -> list[tuple[str, Sequence[int]]]:
@@ -105,12 +87,6 @@ def _kinds(order: Sequence[int], count: int) -> list[tuple[str, Sequence[int]]]:
     between = order[count : len(order) - len(best)]
     start = (len(between) - count) // 2 if len(between) > count else 0
     return [("worst", order[:count]), ("median", between[start : start + count]), ("best", best)]
-
-
-def _pixels(path: Path) -> np.ndarray:
-    """float64 [height, width, 3], 0..255."""
-    with _open(path) as image:
-        return np.asarray(image, np.float64)
 
 
 def _data_uri(path: Path) -> tuple[str, int]:

@@ -16,6 +16,13 @@ from pcr_export.errors import PcrExportError
 from pcr_export.progress import Track, silent
 from pcr_export.stages import write_text
 
+PIXELS_PER_CALL = 2**17  # prompts of one call, times height and width
+
+
+def prompts_per_call(height: int, width: int) -> int:
+    """How many images of this size are painted together. Float sums depend on it in the last digit: it is the same everywhere."""
+    return max(1, PIXELS_PER_CALL // (height * width))
+
 
 def image_path(folder: Path, index: int) -> Path:
     """Where image `index` of a folder lies."""

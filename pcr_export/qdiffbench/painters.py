@@ -21,7 +21,7 @@ from pcr_export.models.catalog import resolve
 from pcr_export.models.denoiser import Denoiser, Inputs, sample
 from pcr_export.models.load import load_model
 from pcr_export.qdiffbench.images import to_uint8
-from pcr_export.recipe import Recipe, recipe_from_json
+from pcr_export.recipe import Recipe, read_recipe
 from pcr_export.step_scales import read_step_scales
 
 Paint = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds -> uint8 [batch, height, width, 3]
@@ -111,7 +111,7 @@ class SimulationPainter:
         """As Painter says."""
         with torch_threads(threads):
             denoiser = self.settings.load()
-            recipe = recipe_from_json((self.folder / "recipe.json").read_text("utf-8"))
+            recipe = read_recipe(self.folder)
             if rewrites_network(recipe):
                 raise PcrExportError(
                     f"{self.folder} quantizes a rewritten network, which is simulated only while it is calibrated: "

@@ -26,8 +26,9 @@ LIBRARIES = ("torch", "torchmetrics", "torch-fidelity", "torchvision", "transfor
 
 @dataclass(frozen=True, kw_only=True)
 class PerImage:
-    """Figures of each image, in the order of the prompts."""
+    """Prompt and figures of each image."""
 
+    prompts: list[str] = field(default_factory=list)
     psnr_db: list[float] = field(default_factory=list)  # an image without any error counts as 100 dB
     ssim: list[float] = field(default_factory=list)
     lpips: list[float] = field(default_factory=list)  # empty without extractors
@@ -87,6 +88,7 @@ def measure_scores(
             ours, theirs = (read_images(folder, start, stop) for folder in (images, reference))
             if ours.shape != theirs.shape:
                 raise PcrExportError(f"{images} and {reference} hold images of two sizes: make them again at one size")
+            per_image.prompts.extend(prompts[start:stop])
             per_image.psnr_db.extend(psnr_db(ours, theirs))
             per_image.ssim.extend(ssim(ours, theirs))
             if networks:

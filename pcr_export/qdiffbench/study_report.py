@@ -6,20 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcr_export.qdiffbench.html_report import NOT_MEASURED, format_metric, protocol_table, reading
+from pcr_export.qdiffbench.html_report import protocol_table, reading
 from pcr_export.qdiffbench.image_pairs import PairGroup
+from pcr_export.qdiffbench.metrics import METRICS, NOT_MEASURED, format_metric
 from pcr_export.qdiffbench.page import Chart, Section, Table, write_page
 from pcr_export.qdiffbench.study_figure import domain_title, domains_of, draw_fid_against_bits
 from pcr_export.relaxed_steps import format_steps
 
-HEADS = {  # short, for the columns of wide tables; all but the CLIP score are to FP32
-    "fid_to_fp32": "FID ↓",
-    "kid_to_fp32": "1000 KID ↓",
-    "clip_score": "CLIP score ↑",
-    "psnr_db": "PSNR, dB ↑",
-    "ssim": "SSIM ↑",
-    "lpips": "LPIPS ↓",
-}
+SHOWN = ("fid_to_fp32", "kid_to_fp32", "clip_score", "psnr_db", "ssim", "lpips")  # in columns of wide tables
 COLUMNS = (1, 6, 7, 8, 9, 10)  # of these in the table of schemes
 Facts = Mapping[str, Any]
 
@@ -73,7 +67,7 @@ def _schemes_section(rows: Sequence[Facts], domains: Sequence[str], reference: F
             notes.append(f"CLIP score of the FP32 model {name}: {clip:.2f}.")
     if bars:
         cells = [(_cell(bar["scheme"]), domain_title(bar["domain"]), *_figures(bar)) for bar in bars]
-        head = ("float model", "domain", *HEADS.values())
+        head = ("float model", "domain", *_heads())
         tables.append(Table(caption="To read the figures against: the float model itself", head=head, rows=cells))
     return Section(heading="Figures", notes=notes, tables=tables)
 
@@ -88,12 +82,12 @@ def _schemes_table(rows: Sequence[Facts], caption: str) -> Table:
         cells.append((row["scheme"], fid, _against_static(row, rows), *about, *others))
     for bits in dict.fromkeys(row["bits"] for row in rows):
         some = [index for index, row in enumerate(rows) if row["bits"] == bits]
-        for (field, label), column in zip(HEADS.items(), COLUMNS, strict=True):
+        for field, column in zip(SHOWN, COLUMNS, strict=True):
             known = {index: rows[index][field] for index in some if rows[index][field] is not None}
             if known:
-                choose = max if "↑" in label else min
+                choose = max if METRICS[field].better == "↑" else min
                 best.add((choose(known, key=known.__getitem__), column))
-    fid_head, *heads = HEADS.values()
+    fid_head, *heads = _heads()
     head = ("scheme", fid_head, "to best static", "bits", "mean activation bits", "relaxed steps", *heads)
     return Table(caption=caption, head=head, rows=cells, best=frozenset(best))
 
@@ -127,7 +121,7 @@ def _bits_section(rows: Sequence[Facts], domains: Sequence[str]) -> Section:
 
 def _further_sections(study: Facts) -> list[Section]:
     """Calibration sets, and the artifact beside its simulation; what was not measured is said in a line."""
-    labels = HEADS.values()
+    labels = _heads()
     sets, missing = study.get("calibration_sets", ()), []
     sections = []
     if sets:
@@ -160,7 +154,11 @@ def _further_sections(study: Facts) -> list[Section]:
 
 
 def _figures(row: Facts) -> tuple[str, ...]:
-    return tuple(format_metric(field, row) for field in HEADS)
+    return tuple(format_metric(name, row) for name in SHOWN)
+
+
+def _heads() -> tuple[str, ...]:
+    return tuple(METRICS[name].short_head for name in SHOWN)
 
 
 def _cell(scheme: str) -> str:

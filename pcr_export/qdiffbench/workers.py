@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,28 @@ OBJECT_STORE_BYTES = 2**28  # of a cluster of our own: a few chunks of pixels on
 _START_RAY = "start one with ray start --head, or leave out --address to use this machine alone"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """The processes that paint. Raises PcrExportError for fewer than one."""
+
+    count: int = 1
+    threads: int = 1  # of each; the last digits of float sums depend on it
+    address: str | None = None  # of a Ray cluster, HOST:PORT, from outside it ray://HOST:PORT; None: this machine
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--workers", self.count), ("--threads", self.threads)):
+            if value < 1:
+                raise PcrExportError(f"{flag} must be at least 1, got {value}")
+
+    @property
+    def none_needed(self) -> bool:
+        """This process paints alone."""
+        return self.count == 1 and self.address is None
+
+
+ONE_PROCESS = Workers()
+
+
 def paint_images(
     painter: Painter,
     prompts: Sequence[str],
@@ -31,29 +54,23 @@ def paint_images(
     folder: Path,
     *,
     chunk: int,
-    workers: int = 1,
-    threads: int = 1,
-    address: str | None = None,
+    workers: Workers = ONE_PROCESS,
     description: str,
     track: Track = silent,
 ) -> None:
-    """Image i of prompt i and seed i, as `generate_images` does it, by `workers` processes of `threads` threads each.
+    """Image i of prompt i and seed i, as `generate_images` does it, by `workers`.
 
     Chunks are cut by index and every process computes with the same number of threads: the images depend on neither the number
     of workers nor on who paints what. A worker that dies is replaced and its chunk painted again. Only this process
     writes files, so that the machines of a cluster need no common folder; what the painter reads (an exported folder, a model)
     must lie under the same absolute path on each of them.
 
-    Args:
-        address: of a Ray cluster, HOST:PORT where this machine is part of it, ray://HOST:PORT where it is not; None: processes of
-            this machine.
-
     Raises PcrExportError where Ray is missing, the cluster can't be reached or is too small, or a chunk outlived all of its
     workers; images that are finished stay.
     """
-    if workers == 1 and address is None:
+    if workers.none_needed:
         if missing_chunks(folder, len(prompts), chunk):
-            with painter.open(threads) as paint:
+            with painter.open(workers.threads) as paint:
                 generate_images(paint, prompts, seeds, folder, chunk=chunk, description=description, track=track)
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,24 +79,24 @@ def paint_images(
         advance(len(prompts) - sum(map(len, chunks)))
         if not chunks:
             return
-        with ray_cluster(workers, threads, address):
-            for indices, pixels in _paint_chunks(painter, prompts, seeds, chunks, workers, threads):
+        with ray_cluster(workers):
+            for indices, pixels in _paint_chunks(painter, prompts, seeds, chunks, workers):
                 write_chunk(pixels, folder, indices)
                 advance(len(indices))
 
 
-def crew(workers: int, threads: int, address: str | None) -> AbstractContextManager[None]:
+def worker_processes(workers: Workers) -> AbstractContextManager[None]:
     """Several calls of `paint_images` inside share one start of Ray; nothing is started for a single process."""
-    return ray_cluster(workers, threads, address) if workers > 1 or address is not None else nullcontext()
+    return nullcontext() if workers.none_needed else ray_cluster(workers)
 
 
 @contextmanager
-def ray_cluster(workers: int, threads: int, address: str | None) -> Iterator[None]:
-    """Ray inside: the cluster at `address`, or processes of this machine. One that is running already is used and left running.
+def ray_cluster(workers: Workers) -> Iterator[None]:
+    """Ray inside: the cluster at `workers.address`, or processes of this machine. One that is running already is used and left running.
 
-    Raises PcrExportError where Ray is missing, the cluster can't be reached, or it has fewer CPUs than workers times threads.
+    Raises PcrExportError where Ray is missing, the cluster can't be reached, or it has fewer CPUs than the workers have threads.
     """
-    ray = _import_ray()
+    ray, address, needed = _import_ray(), workers.address, workers.count * workers.threads
     ours = not ray.is_initialized()
     if ours:
         if address is not None:
@@ -89,7 +106,7 @@ def ray_cluster(workers: int, threads: int, address: str | None) -> Iterator[Non
             if address is None:
                 ray.init(
                     "local",
-                    num_cpus=workers * threads,
+                    num_cpus=needed,
                     object_store_memory=OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     **quiet,
@@ -101,10 +118,10 @@ def ray_cluster(workers: int, threads: int, address: str | None) -> Iterator[Non
             raise PcrExportError(f"Ray can't be started or joined ({reason}): {_START_RAY}") from error
     try:
         cpus = int(ray.cluster_resources().get("CPU", 0))
-        if cpus < workers * threads:
+        if cpus < needed:
             raise PcrExportError(
-                f"the cluster has {cpus} CPUs, {workers} workers of {threads} threads need {workers * threads}: "
-                f"use --workers {max(1, cpus // threads)}"
+                f"the cluster has {cpus} CPUs, {workers.count} workers of {workers.threads} threads need {needed}: "
+                f"use --workers {max(1, cpus // workers.threads)}"
             )
         yield
     finally:
@@ -140,17 +157,17 @@ class _PaintingWorker:
 
 
 def _paint_chunks(
-    painter: Painter, prompts: Sequence[str], seeds: Sequence[int], chunks: Sequence[range], workers: int, threads: int
+    painter: Painter, prompts: Sequence[str], seeds: Sequence[int], chunks: Sequence[range], workers: Workers
 ) -> Iterator[tuple[range, np.ndarray]]:
     """Chunks and their pixels as they are finished; one chunk at a time for each worker."""
     ray = _import_ray()
     worker_class = ray.remote(_PaintingWorker).options(
-        num_cpus=threads,
+        num_cpus=workers.threads,
         max_restarts=-1,  # as often as it takes: the retries of a chunk are what is counted
         max_task_retries=RETRIES_PER_CHUNK,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}},
     )
-    crew = [worker_class.remote(painter, threads) for _ in range(min(workers, len(chunks)))]
+    processes = [worker_class.remote(painter, workers.threads) for _ in range(min(workers.count, len(chunks)))]
     waiting = iter(chunks)
     running: dict[Any, tuple[Any, range]] = {}
 
@@ -159,7 +176,7 @@ def _paint_chunks(
             task = worker.paint.remote([prompts[i] for i in indices], [seeds[i] for i in indices])
             running[task] = (worker, indices)
 
-    for worker in crew:
+    for worker in processes:
         start_next(worker)
     while running:
         (task,), _ = ray.wait(list(running), num_returns=1)

@@ -15,7 +15,8 @@ from qdiffbench.exported_tiny_sdxl import ONE_THREAD
 from pcr_export.errors import PcrExportError
 from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
 from pcr_export.qdiffbench.features import find_extractors
-from pcr_export.recipe import recipe_from_json
+from pcr_export.qdiffbench.workers import Workers
+from pcr_export.recipe import read_recipe
 
 PROMPTS = "\n".join(["a red cat", "a dog", "re", "a red cat", "the moon", "a boat"])
 
@@ -48,7 +49,7 @@ def test_what_is_written_and_what_a_second_run_keeps(evaluation):
     for domain, name in zip(result["domains"], ("in", "out"), strict=True):
         assert (domain["name"], domain["n_images"]) == (name, 6)
         per_image = json.loads((folder / domain["per_image"]).read_text())
-        assert [len(values) for values in per_image.values()] == [6, 6, 6]
+        assert [len(values) for values in per_image.values()] == [6, 6, 6, 6]
         assert domain["scores"]["psnr_db"] == pytest.approx(sum(per_image["psnr_db"]) / 6)
         assert 15 < domain["scores"]["psnr_db"] < 60  # a quantized model: neither another nor the same
         assert domain["scores"]["fid_to_fp32"] is not None
@@ -65,7 +66,7 @@ def test_another_seed_and_another_artifact_paint_again_exactly_what_depends_on_t
     folder = evaluation.folder
     first, _ = judge(evaluation)
     before = times(folder)
-    recipe = recipe_from_json((folder / "recipe.json").read_text())
+    recipe = read_recipe(folder)
     (folder / "recipe.json").write_text(replace(recipe, min_sqnr_db=1.0).to_json())  # of the artifact, not of the model
     judge(replace(evaluation))
     after = times(folder)
@@ -97,7 +98,7 @@ def test_killed_in_mid_run_goes_on_to_the_same_figures(evaluation):
 @pytest.mark.slow
 def test_two_workers_give_the_figures_of_one(evaluation):
     one, _ = judge(evaluation)
-    two, _ = judge(replace(evaluation, workers=2, resume=False))
+    two, _ = judge(replace(evaluation, workers=Workers(count=2), resume=False))
     assert two == one
 
 
@@ -105,7 +106,6 @@ def test_two_workers_give_the_figures_of_one(evaluation):
     ("changed", "expected"),
     [
         ({"images": 1}, "--images must be at least 2"),
-        ({"workers": 0}, "--workers must be at least 1"),
         ({"real": Path("none")}, "--real none is no folder"),
         ({"folder": Path("none")}, "no recipe.json, so it is no exported folder"),
         ({"prompts": [Path("none.csv")]}, "No such file"),

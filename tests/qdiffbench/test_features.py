@@ -55,7 +55,7 @@ def whole_clip(tmp_path_factory):
 
 def test_lpips_is_the_formula(own):
     """Written out: per layer and patch, unit vectors, squared difference; then the mean over patches and over layers."""
-    ours, theirs = own.look(random_images(0)), own.look(random_images(1))
+    ours, theirs = own.outputs(random_images(0)), own.outputs(random_images(1))
     for image in range(2):
         layers = []
         for x, y in zip(ours.layers, theirs.layers, strict=True):
@@ -70,14 +70,14 @@ def test_lpips_is_the_formula(own):
 
 
 def test_lpips_has_a_position_for_each_patch_of_each_layer(own):
-    assert [tuple(layer.shape) for layer in own.look(random_images(0)).layers] == [(2, 64, 128)] * 3
+    assert [tuple(layer.shape) for layer in own.outputs(random_images(0)).layers] == [(2, 64, 128)] * 3
 
 
 def test_lpips_grows_with_noise(own):
     image = torch.full((1, 3, 64, 64), 128.0)
     noise = torch.from_numpy(np.random.default_rng(0).normal(0, 1, image.shape))
-    looks = [own.look((image + scale * noise).clamp(0, 255).to(torch.uint8)) for scale in (0, 5, 20, 60)]
-    each = [own.lpips(look, looks[0]).item() for look in looks]
+    outputs = [own.outputs((image + scale * noise).clamp(0, 255).to(torch.uint8)) for scale in (0, 5, 20, 60)]
+    each = [own.lpips(look, outputs[0]).item() for look in outputs]
     assert each == sorted(each)
     assert each[0] == 0 < each[1]
 
@@ -89,7 +89,7 @@ def test_lpips_of_opposite_features_is_4():
 
 def test_features_of_a_look_are_the_features(own):
     images = random_images(0)
-    assert torch.equal(own.look(images).features, own.features(images))
+    assert torch.equal(own.outputs(images).features, own.features(images))
 
 
 def test_protocol_names_the_network_and_its_weights(own):
@@ -150,7 +150,7 @@ def test_real_nets_take_each_figure_from_its_network(whole_clip):
     clip = Clip(folder, folder, folder, "random")
     nets = RealNets(Mean(), "ab" * 32, clip, Squared())
     white, black = (torch.full((2, 3, 32, 32), value, dtype=torch.uint8) for value in (255, 0))
-    ours, theirs = nets.look(white), nets.look(black)
+    ours, theirs = nets.outputs(white), nets.outputs(black)
     assert nets.lpips(ours, theirs).tolist() == [1, 1]
     assert ours.features.shape == (2, nets.num_features)
     assert ours.features[0, 0] == 255

@@ -17,8 +17,8 @@ from qdiffbench.process_tree import descendants
 from pcr_export.errors import PcrExportError
 from pcr_export.prompts import prompt_seeds
 from pcr_export.qdiffbench.painters import FloatPainter, FolderPainter, Painter, settings_of
-from pcr_export.qdiffbench.workers import paint_images, ray_cluster
-from pcr_export.recipe import recipe_from_json
+from pcr_export.qdiffbench.workers import Workers, paint_images, ray_cluster
+from pcr_export.recipe import read_recipe
 
 PROMPTS = ["a red cat", "a dog", "re", "a red cat", "nothing", "the moon", "a boat", "x", "a house"]
 
@@ -33,7 +33,7 @@ def _workers_find_this_file() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def cluster(_workers_find_this_file) -> Iterator[None]:
     """Ray for several tests; `paint_images` leaves it running."""
-    with ray_cluster(2, 1, None):
+    with ray_cluster(Workers(count=2)):
         yield
 
 
@@ -44,7 +44,7 @@ def paint(painter: Painter, out: Path, **options) -> dict[str, bytes]:
 
 
 def float_painter(exported: Path) -> FloatPainter:
-    return FloatPainter(settings=settings_of(recipe_from_json((exported / "recipe.json").read_text())))
+    return FloatPainter(settings=settings_of(read_recipe(exported)))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def test_two_workers_paint_the_bytes_of_one_though_one_is_killed(exported, tmp_p
     killed: list[int] = []
     killer = Thread(target=kill_one_worker, args=(tmp_path / "two", killed))
     killer.start()
-    assert paint(Slowly(FolderPainter(folder=exported), 0.3), tmp_path / "two", workers=2) == whole
+    assert paint(Slowly(FolderPainter(folder=exported), 0.3), tmp_path / "two", workers=Workers(count=2)) == whole
     killer.join(5)
     assert killed
     assert not any(name.startswith("ray::_Painting") for name in descendants(os.getpid()).values())
@@ -108,7 +108,9 @@ def test_one_worker_goes_on_where_two_were_stopped(exported, tmp_path):
 @pytest.mark.parametrize("workers", [2, 4])
 def test_float_model_and_artifact_with_more_workers(workers, exported, tmp_path):
     for name, painter in (("float", float_painter(exported)), ("artifact", FolderPainter(folder=exported))):
-        assert paint(painter, tmp_path / f"{name}-n", workers=workers) == paint(painter, tmp_path / f"{name}-1")
+        assert paint(painter, tmp_path / f"{name}-n", workers=Workers(count=workers)) == paint(
+            painter, tmp_path / f"{name}-1"
+        )
 
 
 @pytest.mark.parametrize(
@@ -116,23 +118,29 @@ def test_float_model_and_artifact_with_more_workers(workers, exported, tmp_path)
 )
 def test_a_cluster_that_is_not_there(address, expected, tmp_path):
     with pytest.raises(PcrExportError, match=expected):
-        paint(Deadly(), tmp_path / "images", address=address)
+        paint(Deadly(), tmp_path / "images", workers=Workers(address=address))
 
 
 @pytest.mark.slow
 def test_a_chunk_that_kills_every_worker_ends_the_run_with_one_line(cluster, tmp_path):
     with pytest.raises(PcrExportError, match=r"images 0 to 1: 4 workers died .*use fewer --workers") as failure:
-        paint_images(Deadly(), PROMPTS[:2], [0, 1], tmp_path, chunk=2, workers=2, description="images")
+        paint_images(Deadly(), PROMPTS[:2], [0, 1], tmp_path, chunk=2, workers=Workers(count=2), description="images")
     assert "No module" not in str(failure.value)  # they died as Deadly has it
     assert "\n" not in str(failure.value)
 
 
 def test_what_a_worker_refuses_is_told_as_it_is(cluster, tmp_path):
     with pytest.raises(PcrExportError, match="is no folder: give one that an export wrote") as refusal:
-        paint(FolderPainter(folder=tmp_path / "none"), tmp_path / "images", workers=2)
+        paint(FolderPainter(folder=tmp_path / "none"), tmp_path / "images", workers=Workers(count=2))
     assert "\n" not in str(refusal.value)
 
 
 def test_more_workers_than_a_cluster_has_room_for(cluster, tmp_path):
     with pytest.raises(PcrExportError, match="has 2 CPUs, 3 workers of 1 threads need 3: use --workers 2"):
-        paint(Deadly(), tmp_path / "images", workers=3)
+        paint(Deadly(), tmp_path / "images", workers=Workers(count=3))
+
+
+@pytest.mark.parametrize(("changed", "flag"), [({"count": 0}, "--workers"), ({"threads": 0}, "--threads")])
+def test_fewer_than_one_is_refused(changed, flag):
+    with pytest.raises(PcrExportError, match=f"{flag} must be at least 1, got 0"):
+        Workers(**changed)
