@@ -93,10 +93,10 @@ def test_relaxed_steps_that_do_not_exist_are_refused(text):
 
 
 def test_the_recipe_of_a_folder(tmp_path):
-    with pytest.raises(PcrExportError, match="has no recipe.json, so it is no exported folder"):
+    with pytest.raises(PcrExportError, match=r"has no recipe\.json, so it is no exported folder"):
         read_recipe(tmp_path)
     (tmp_path / "recipe.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(PcrExportError, match="recipe.json is no text .*: export again"):
+    with pytest.raises(PcrExportError, match=r"recipe\.json is no text .*: export again"):
         read_recipe(tmp_path)
     recipe = Recipe(model="m", num_inference_steps=2, guidance_scale=1.0, height=8, width=8)
     (tmp_path / "recipe.json").write_text(recipe.to_json())
