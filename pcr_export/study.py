@@ -55,6 +55,7 @@ class Study:
     model: LoadedModel
     base: Recipe
     calibration: Sequence[str]  # the prompts that a scheme's calibration set is drawn from
+    calibration_outside: Sequence[str]  # prompts out of its domain for the same use, none of them scored then
     domains: Sequence[Domain]
     extractors: Extractors
     folder: Path
@@ -154,6 +155,7 @@ def score(
 ) -> Facts:
     """Paint the domain's prompts and score the images against those of the float model: METRICS, CLIP score of FP32, protocol."""
     reference = paint(study, domain, "fp32", FloatPainter(settings=settings_of(study.base)), {}, domain.prompts)
+    name = name if domain.scored is None else f"{name}-first-{domain.scored}"  # beside the images of all prompts
     folder = paint(study, domain, name, painter, key, domain.scored_prompts, noise_seed)
     stages = Stages(study.folder / "stages" / domain.name, log=study.log)
 

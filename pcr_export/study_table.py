@@ -31,8 +31,11 @@ from pcr_export.study import Domain, Study, run_scheme, score, score_recipe
 FORMAT = 1
 CALIBRATION_SETS = ((4, "in"), (16, "in"), (64, "in"), (256, "in"), (64, "out"), (64, "mixed"), (64, "empty"))
 CALIBRATION_SET_SCHEME = "pcr-affine"
-CALIBRATION_SET_IMAGES = 512  # of each domain, the first ones; calibration prompts out of domain come from the others
+CALIBRATION_SET_IMAGES = (
+    512  # of each domain, the first ones; calibration prompts out of domain come from the rest of the file
+)
 SIMULATED_SCHEME = "pcr-affine"
+SIMULATION_IMAGES = 256  # the first ones: a simulation paints three times as long as its artifact
 SHOWN_SCHEMES = ("static-minmax", "pcr-last-20")  # whose images stand in the report
 SHOWN_METRICS = ("fid_to_fp32", "clip_score", "psnr_db", "lpips")  # on the terminal
 OTHER_NOISE = 1  # the seed of the float model's images with other noise
@@ -120,7 +123,7 @@ def _sections(request: StudyRequest, study: Study) -> Iterator[tuple[str, list[F
         yield "rows", run_scheme(study, name, replace(study.base, **SCHEMES[name]))
     for seed in range(request.simulation_seeds):
         recipe = replace(study.base, seed=seed, **SCHEMES[SIMULATED_SCHEME])
-        inside = replace(study, domains=study.domains[:1])
+        inside = replace(study, domains=[replace(study.domains[0], scored=SIMULATION_IMAGES)])
         for simulated in (False, True):
             yield "simulation", run_scheme(inside, SIMULATED_SCHEME, recipe, simulated=simulated)
     for size, kind in CALIBRATION_SETS if request.calibration_sets else ():
@@ -181,6 +184,7 @@ def open_study(request: StudyRequest, known: Mapping[str, Facts], track: Track, 
         model=model,
         base=base_recipe(request.model, model, min(request.calib_size, len(calibration))),
         calibration=calibration,
+        calibration_outside=_calibration_outside(request),
         domains=domains(request),
         extractors=find_extractors(model.entry.source, inception=request.inception, clip=request.clip),
         folder=request.folder,
@@ -208,10 +212,9 @@ def base_recipe(name: str, model: LoadedModel, calib_size: int) -> Recipe:
 
 def domains(request: StudyRequest) -> list[Domain]:
     """The prompts in and out of the domain of the calibration prompts; without a set out of domain, the first alone."""
-    own = own_prompt_sets(request.model)
     files = {
-        "in": request.in_domain_file or own.in_domain,
-        "out": request.out_of_domain_file or own.out_of_domain,
+        "in": request.in_domain_file or own_prompt_sets(request.model).in_domain,
+        "out": _out_of_domain_file(request),
     }
     return [
         Domain(name=name, prompts=read_prompts(path)[: request.images])
@@ -220,9 +223,18 @@ def domains(request: StudyRequest) -> list[Domain]:
     ]
 
 
+def _calibration_outside(request: StudyRequest) -> list[str]:
+    path = _out_of_domain_file(request)
+    return read_prompts(path)[CALIBRATION_SET_IMAGES:] if path else []
+
+
+def _out_of_domain_file(request: StudyRequest) -> Path | None:
+    return request.out_of_domain_file or own_prompt_sets(request.model).out_of_domain
+
+
 def run_calibration_set(study: Study, size: int, kind: str) -> list[Facts]:
     """Score CALIBRATION_SET_SCHEME calibrated on `size` prompts of one kind: "in", "out", "mixed" or "empty"."""
-    outside = study.domains[-1].prompts[CALIBRATION_SET_IMAGES:]
+    outside = study.calibration_outside
     drawn = {
         "in": lambda: choose_prompts(study.calibration, size, 0),
         "out": lambda: choose_prompts(outside, size, 0),
@@ -231,7 +243,7 @@ def run_calibration_set(study: Study, size: int, kind: str) -> list[Facts]:
     }[kind]()
     if len(drawn) < size:
         raise PcrExportError(
-            f"there are only {len(drawn)} calibration prompts of the kind {kind}, {size} are needed: raise --images"
+            f"there are only {len(drawn)} calibration prompts of the kind {kind}, {size} are needed: give files with more of them"
         )
     recipe = replace(study.base, calib_size=size, **SCHEMES[CALIBRATION_SET_SCHEME])
     few = replace(study, domains=[replace(each, scored=CALIBRATION_SET_IMAGES) for each in study.domains])

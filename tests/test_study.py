@@ -9,7 +9,7 @@ import pytest
 
 from pcr_export.errors import PcrExportError
 from pcr_export.study import METRICS
-from pcr_export.study_table import StudyRequest, run_study
+from pcr_export.study_table import CALIBRATION_SETS, StudyRequest, run_study
 
 SCHEMES = ("static-minmax", "pcr-last-20")
 
@@ -54,6 +54,17 @@ def test_the_simulation_is_scored_beside_its_artifact(finished: tuple[StudyReque
     assert artifact["domain"] == simulation["domain"] == "in"
     assert artifact["key"] != simulation["key"]
     assert simulation["psnr_db"] == pytest.approx(artifact["psnr_db"], abs=3)  # of 4 images, whose roundings differ
+
+
+@pytest.mark.slow
+def test_calibration_sets_of_every_size_and_kind(tmp_path: Path, request_: StudyRequest) -> None:
+    request = replace(request_, out=tmp_path, schemes=("pcr-affine",), images=3, steps=2, calibration_sets=True)
+    content = run_study(request)
+    sets = {(row["prompts"], row["domain"], row["eval_domain"]): row["psnr_db"] for row in content["calibration_sets"]}
+    assert set(sets) == {(*each, domain) for each in CALIBRATION_SETS for domain in ("in", "out")}
+    assert len(set(sets.values())) == len(sets)  # each was calibrated by itself
+    assert content["rows"][0]["seed"] == 0
+    assert "calibrated on" in (request.folder / "report.html").read_text()
 
 
 @pytest.mark.slow
