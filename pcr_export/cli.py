@@ -20,7 +20,7 @@ from pcr_export import __version__
 from pcr_export.engine_settings import BACKENDS, EngineSettings
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Advance
-from pcr_export.recipe import RANGES, REDUCTIONS, SCHEMES, Recipe
+from pcr_export.recipe import RANGES, REDUCTIONS, SCHEMES, WEIGHTS, Recipe
 from pcr_export.request import ExportRequest
 
 INTERRUPTED = 130
@@ -58,6 +58,19 @@ def _program(
     """
 
 
+ObservedSteps = Annotated[str, typer.Option(help="steps that --scheme static sees: all, uniform:10, normal:64")]
+Reduce = Annotated[str, typer.Option(help=f"how --scheme static joins them: {', '.join(REDUCTIONS)}")]
+SmoothQuant = Annotated[float | None, typer.Option(help="SmoothQuant's alpha for Linears [default: not smoothed]")]
+SplitShortcut = Annotated[
+    bool, typer.Option("--split-shortcut", help="a scale for each half of what a 1x1 convolution joins")
+]
+Weights = Annotated[str, typer.Option(help=f"how they are rounded: {', '.join(WEIGHTS)}")]
+Keep = Annotated[str, typer.Option(help="layers that keep 8-bit weights: how many, or mean bits such as 4.5bit")]
+WeightSamples = Annotated[int, typer.Option(help="UNet inputs that rounding is learned from")]
+WeightRounds = Annotated[int, typer.Option(help="of learning; each samples with the weights of the one before")]
+Iterations = Annotated[int, typer.Option(help="of --weights adaround, for each block")]
+
+
 @app.command()
 def export(
     ctx: typer.Context,
@@ -86,20 +99,17 @@ def export(
     affine: Annotated[
         bool, typer.Option("--affine/--symmetric", help="zero offsets where they are free")
     ] = Recipe.affine,
-    observed_steps: Annotated[
-        str, typer.Option(help="steps that --scheme static sees: all, uniform:10, normal:64")
-    ] = Recipe.observed_steps,
-    reduce: Annotated[
-        str, typer.Option(help=f"how --scheme static joins them: {', '.join(REDUCTIONS)}")
-    ] = Recipe.reduce,
-    smooth_quant: Annotated[
-        float | None, typer.Option(help="SmoothQuant's alpha for Linears [default: not smoothed]")
-    ] = Recipe.smooth_quant,
-    split_shortcut: Annotated[
-        bool, typer.Option("--split-shortcut", help="a scale for each half of what a 1x1 convolution joins")
-    ] = Recipe.split_shortcut,
+    observed_steps: ObservedSteps = Recipe.observed_steps,
+    reduce: Reduce = Recipe.reduce,
+    smooth_quant: SmoothQuant = Recipe.smooth_quant,
+    split_shortcut: SplitShortcut = Recipe.split_shortcut,
     relax: Annotated[str | None, typer.Option(help="none, last:20%, 0:4,17, auto:8.4 [default: the model's]")] = None,
     relax_bits: Annotated[int, typer.Option(help="activation bits of relaxed steps, 9 to 15")] = Recipe.relax_bits,
+    weights: Weights = Recipe.weights,
+    keep: Keep = Recipe.keep,
+    weight_samples: WeightSamples = Recipe.weight_samples,
+    weight_rounds: WeightRounds = Recipe.weight_rounds,
+    adaround_iterations: Iterations = Recipe.adaround_iterations,
     skip: Annotated[list[str] | None, typer.Option(help="one more module path pattern that stays float")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = Recipe.seed,
     resume: Annotated[bool, typer.Option(help="go on from what an earlier run of this command finished")] = True,

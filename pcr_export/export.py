@@ -6,8 +6,8 @@ import functools
 import hashlib
 import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +15,22 @@ import torch
 
 from pcr_export import __version__
 from pcr_export.calibrate.layers import find_layers
+from pcr_export.calibrate.learn_weights import WeightLearning, learns_weights, weights_folder
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
 from pcr_export.calibrate.rewrite_network import rewrite_network, rewrites_network
 from pcr_export.calibrate.state import CalibrationState
+from pcr_export.calibrate.weights.rounding import NearestRounding, RoundWeight
 from pcr_export.engine_settings import EngineSettings, Range
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.flavours import gpu_target
-from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.export_engines import EngineJob, check_engines, make_engines, measure_on_gpu
+from pcr_export.export_job import Exported, Job
+from pcr_export.export_validation import validate_artifact
 from pcr_export.graph.quantize import quantize_onnx
-from pcr_export.graph.to_onnx import save_model, trace_float_onnx
-from pcr_export.models.denoiser import Denoiser, Inputs
-from pcr_export.progress import Track, silent
-from pcr_export.prompts import prompt_seeds
-from pcr_export.qdiffbench.fidelity import Fidelity, measure_fidelity
-from pcr_export.qdiffbench.painters import engine_call
+from pcr_export.graph.to_onnx import trace_float_onnx
+from pcr_export.models.denoiser import Inputs
 from pcr_export.qdiffbench.relax_search import RelaxSearch
-from pcr_export.recipe import Recipe
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
@@ -42,53 +40,8 @@ from pcr_export.step_scales import StepScales, read_step_scales, write_step_scal
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FIDELITY_PROMPTS = 16
 SENSITIVITY_PROMPTS = 32
-MEASURED_PIXELS = 2**18  # of both: prompts, times height and width
-LATENCY_RUNS = 10
 EXAMPLE_CONDITIONS = 2  # of the call that the network is traced with: a batch that may vary is larger than 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One export: what, how and where to."""
-
-    denoiser: Denoiser
-    recipe: Recipe
-    conditions: Sequence[Any]  # the calibration set: prompts, or what the denoiser's walk takes
-    folder: Path
-    seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' text and the recipe's seed
-    engines: EngineSettings = field(default_factory=EngineSettings)
-    walk_key: Key = field(default_factory=dict)  # hashes of what the walk depends on besides the network and the recipe
-    float_graph: Callable[[], ir.Model] | None = None  # of the network, where it is traced already
-    resume: bool = True
-    validate: bool = True
-    track: Track = silent
-    log: Callable[[str], None] = field(default=lambda _line: None)
-
-    def noise_seeds(self) -> Sequence[int]:
-        """One seed per condition."""
-        return self.seeds or prompt_seeds([str(condition) for condition in self.conditions], self.recipe.seed)
-
-    def measured_batch(self, most: int) -> tuple[Sequence[Any], Sequence[int]]:
-        """The first conditions and their seeds: `most`, or as many as MEASURED_PIXELS allow."""
-        count = max(1, min(most, MEASURED_PIXELS // (self.recipe.height * self.recipe.width)))
-        return self.conditions[:count], self.noise_seeds()[:count]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An export so far: what later stages and the report need."""
-
-    denoiser: Denoiser  # what was quantized: the job's, its network rewritten where the recipe tells to
-    layers: list[Layer]
-    stages: Stages
-    key: Key  # of the quantized graph
-    calibration: Facts
-    relaxed: Facts  # which steps, and where they were searched the errors of that choice
-    graph: Facts
-    engines: list[Facts]  # of TensorRT
-    float_graph: Callable[[], ir.Model]  # traced where it is first needed
 
 
 def export_denoiser(job: Job) -> dict[str, Any]:
@@ -120,14 +73,18 @@ def quantize_denoiser(job: Job) -> Exported:
         job = replace(job, denoiser=rewritten)
         float_graph = functools.cache(functools.partial(_trace, job, example))
     layers = find_layers(job.denoiser, example, job.recipe.skip)
+    rounding, weights = _round_weights(job, layers)
     calibration = stages.run(
-        "calibrate", calibration_key, [scales_path], lambda: _calibrate(job, layers, calibration_key, scales_path)
+        "calibrate",
+        calibration_key,
+        [scales_path],
+        lambda: _calibrate(job, layers, rounding, calibration_key, scales_path),
     )
     relaxed = _relaxed_facts(read_step_scales(scales_path), choice)
     graph_key = {**calibration_key, "scales": hash_file(scales_path)}
 
     def lower(dialect: str, path: Path) -> Facts:
-        return _quantize(job, layers, float_graph(), scales_path, path, dialect)
+        return _quantize(job, layers, rounding, float_graph(), scales_path, path, dialect)
 
     def lower_first() -> Facts:
         tensorrt_onnx(folder).unlink(missing_ok=True)  # of older scales; engines built from it are refused from now on
@@ -139,7 +96,38 @@ def quantize_denoiser(job: Job) -> Exported:
         path = tensorrt_onnx(folder)
         stages.run("quantize-tensorrt", graph_key, [path], lambda: lower("tensorrt", path))
         engines = _make_engines(job, layers, axes, float_graph)
-    return Exported(job.denoiser, layers, stages, graph_key, calibration, relaxed, graph, engines, float_graph)
+    return Exported(
+        denoiser=job.denoiser,
+        layers=layers,
+        rounding=rounding,
+        stages=stages,
+        key=graph_key,
+        weights=weights,
+        calibration=calibration,
+        relaxed=relaxed,
+        graph=graph,
+        engines=engines,
+        float_graph=float_graph,
+    )
+
+
+def _round_weights(job: Job, layers: list[Layer]) -> tuple[RoundWeight, Facts]:
+    """What gives the layers their integer weights, and where it was learned, {bits, error, rtn_error} of each layer."""
+    if not learns_weights(job.recipe):
+        return NearestRounding(job.recipe.weight_bits), {}
+    job = replace(job, recipe=replace(job.recipe, relax="none"))  # the same weights whatever is relaxed
+    return WeightLearning(
+        denoiser=job.denoiser,
+        layers=layers,
+        conditions=job.conditions,
+        seeds=job.noise_seeds(),
+        recipe=job.recipe,
+        folder=job.weights_folder or weights_folder(job.folder),
+        key=_calibration_key(job),
+        resume=job.resume,
+        track=job.track,
+        log=job.log,
+    ).run()
 
 
 def _calibration_key(job: Job) -> Key:
@@ -179,7 +167,10 @@ def relax_search(job: Job) -> RelaxSearch:
 
     def quantize(relax: str, folder: Path) -> Exported:
         recipe = replace(job.recipe, relax=relax)
-        return quantize_denoiser(replace(job, recipe=recipe, folder=folder, engines=EngineSettings()))
+        learned = job.weights_folder or weights_folder(job.folder)
+        return quantize_denoiser(
+            replace(job, recipe=recipe, folder=folder, weights_folder=learned, engines=EngineSettings())
+        )
 
     return RelaxSearch(
         denoiser=job.denoiser,
@@ -222,13 +213,20 @@ def _make_engines(
     return [{**facts, **(measured if facts["target"] == measured.get("target") else {})} for facts in engines]
 
 
-def _calibrate(job: Job, layers: list[Layer], key: Key, path: Path) -> Facts:
+def _calibrate(job: Job, layers: list[Layer], rounding: RoundWeight, key: Key, path: Path) -> Facts:
     state = CalibrationState(path.parent / ".stages" / "calibration", key_hash(key))
     if not job.resume:
         state.clear()
     start = time.monotonic()
     scales = calibrate(
-        job.denoiser, layers, job.conditions, job.noise_seeds(), job.recipe, state=state, track=job.track
+        job.denoiser,
+        layers,
+        job.conditions,
+        job.noise_seeds(),
+        job.recipe,
+        round_weight=rounding,
+        state=state,
+        track=job.track,
     )
     write_step_scales(scales, path)
     state.clear()
@@ -253,80 +251,18 @@ def _trace(job: Job, example: Inputs) -> ir.Model:
 
 
 def _quantize(
-    job: Job, layers: list[Layer], float_graph: ir.Model, scales_path: Path, path: Path, dialect: str
+    job: Job,
+    layers: list[Layer],
+    rounding: RoundWeight,
+    float_graph: ir.Model,
+    scales_path: Path,
+    path: Path,
+    dialect: str,
 ) -> Facts:
     with job.track(f"quantizing the graph for {dialect}", 1) as advance:
-        facts = asdict(
-            quantize_onnx(float_graph, read_step_scales(scales_path), layers, path, dialect, job.recipe.weight_bits)
-        )
+        facts = asdict(quantize_onnx(float_graph, read_step_scales(scales_path), layers, path, dialect, rounding))
         advance(1)
     del facts["layers"]  # the report lists every layer under sites
-    return facts
-
-
-def validate_artifact(job: Job, exported: Exported) -> Facts:
-    """Fidelity to the simulation at every step, and latency beside the float graph's, both on onnxruntime."""
-    return exported.stages.run("validate", exported.key, [], lambda: _validate(job, exported))
-
-
-def _validate(job: Job, exported: Exported) -> Facts:
-    conditions, seeds = job.measured_batch(FIDELITY_PROMPTS)
-    scales = read_step_scales(job.folder / "step_scales.safetensors")
-    with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx") as engine:
-        fidelity = measure_fidelity(
-            exported.denoiser,
-            exported.layers,
-            scales,
-            engine_call(engine),
-            conditions,
-            seeds,
-            weight_bits=job.recipe.weight_bits,
-            track=job.track,
-        )
-    return {"fidelity": _fidelity_facts(fidelity), "engines": [_time_engines(job, exported, scales, conditions, seeds)]}
-
-
-def _fidelity_facts(fidelity: Fidelity) -> Facts:
-    finite = {site: value for site, value in fidelity.sites.items() if value != float("inf")}
-    return {
-        "artifact_vs_simulation_sqnr_db": _rounded(fidelity.overall),
-        "per_step": [_rounded(value) for value in fidelity.per_call],
-        "rounding_floor_sqnr_db": _rounded(fidelity.rounding_floor),
-        "simulation_vs_fp32_sqnr_db": _rounded(fidelity.simulation),
-        "simulation_vs_fp32_per_step": [_rounded(value) for value in fidelity.simulation_per_call],
-        "sites": finite,
-    }
-
-
-def _rounded(value: float) -> float | None:
-    return None if value == float("inf") else round(value, 2)
-
-
-def _time_engines(
-    job: Job, exported: Exported, scales: StepScales, conditions: Sequence[Any], seeds: Sequence[int]
-) -> Facts:
-    """Latency at an 8-bit step and, where there is one, at a relaxed step; the float graph's beside it."""
-    inputs = {name: x.numpy() for name, x in next(job.denoiser.walk(conditions, seeds)).items()}
-    threads = torch.get_num_threads()
-    quantized, floating = job.folder / "unet" / "model.onnx", exported.stages.folder / "float" / "model.onnx"
-    save_model(exported.float_graph(), floating)
-    plain, relaxed = scales.timesteps[scales.bits == scales.bits.min()], scales.timesteps[scales.bits > 8]
-    runs = [
-        ("latency_ms", quantized, plain),
-        ("float_latency_ms", floating, plain),
-        ("relaxed_latency_ms", quantized, relaxed),
-    ]
-    latencies = {}
-    with job.track("timing onnxruntime", len(runs)) as advance:
-        for name, path, timesteps in runs:
-            if len(timesteps):
-                with OnnxRuntimeEngine(path, threads=threads) as engine:
-                    latency = engine.latency({**inputs, job.denoiser.timestep: timesteps[0]}, LATENCY_RUNS)
-                latencies[name] = asdict(latency)
-            advance(1)
-    facts = {"backend": "onnxruntime", "target": "cpu", "built": True, "ran": True, "threads": threads, **latencies}
-    facts["batch"] = len(next(iter(inputs.values())))
-    facts["speedup"] = round(latencies["float_latency_ms"]["p50"] / latencies["latency_ms"]["p50"], 3)
     return facts
 
 
@@ -337,6 +273,7 @@ def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
         exported.layers,
         calibration=exported.calibration,
         relaxed=exported.relaxed,
+        weights=exported.weights,
         graph=exported.graph,
         engines=[*validation.get("engines", []), *exported.engines],
         validation=validation,

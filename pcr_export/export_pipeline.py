@@ -12,16 +12,10 @@ import torch
 
 from pcr_export.deploy.folder import write_pipeline_folder, written_files
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
-from pcr_export.export import (
-    Exported,
-    Job,
-    finish,
-    hash_weights,
-    make_folder,
-    quantize_denoiser,
-    validate_artifact,
-)
+from pcr_export.export import finish, hash_weights, make_folder, quantize_denoiser
 from pcr_export.export_engines import check_engines
+from pcr_export.export_job import Exported, Job
+from pcr_export.export_validation import validate_artifact
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pcr_export.errors import PcrExportError
 from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
@@ -14,7 +15,18 @@ from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
 RANGES = ("mse", "minmax", "percentile")
 SCHEMES = ("progressive", "float-trajectory", "static")
 REDUCTIONS = ("pooled", "min-mean")
+WEIGHTS = ("rtn", "gptq", "adaround")
 SKIPPED_BY_DEFAULT = ("conv_in", "conv_out")
+COUNTS = (
+    "num_inference_steps",
+    "calib_size",
+    "calib_batch",
+    "height",
+    "width",
+    "weight_samples",
+    "weight_rounds",
+    "adaround_iterations",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +39,7 @@ class Recipe:
     height: int  # pixels
     width: int  # pixels
     weight_bits: int = 8
-    activation_bits: int = 8
+    activation_bits: int = 8  # of every step; more than 8 are two digits, as on a relaxed step
     scheme: str = "progressive"  # how scales are found; the others are baselines
     ranges: str = "mse"
     percentile: float = 99.99  # of each end, used by ranges="percentile"
@@ -38,6 +50,11 @@ class Recipe:
     split_shortcut: bool = False  # the decoder's conv_shortcut in halves with scales of their own
     relax: str = "none"  # "none", "first:20%", "last:0.2", steps such as "0:4,17", or "auto:8.4": searched
     relax_bits: int = 10  # activation bits on relaxed steps
+    weights: str = "rtn"  # how they are rounded: to nearest, or learned
+    keep: str = "none"  # layers that keep 8-bit weights: "4" of them, or "4.5bit" on average
+    weight_samples: int = 1024  # UNet inputs, over all steps, that rounding is learned from
+    weight_rounds: int = 1  # of learning, each on latents that the weights of the round before made
+    adaround_iterations: int = 500  # of each block
     skip: tuple[str, ...] = SKIPPED_BY_DEFAULT  # module path patterns (fnmatch) that stay float
     calib_size: int = 64  # prompts
     calib_batch: int = 64  # prompts per UNet call; calib_size <= calib_batch means one pass
@@ -49,13 +66,20 @@ class Recipe:
             (self.ranges, RANGES, "--ranges"),
             (self.scheme, SCHEMES, "--scheme"),
             (self.reduce, REDUCTIONS, "--reduce"),
+            (self.weights, WEIGHTS, "--weights"),
         ):
             if value not in known:
                 raise PcrExportError(f"{flag} {value} is unknown: choose one of {', '.join(known)}")
-        if not 4 <= self.weight_bits <= 8 or self.activation_bits != 8:
+        if not (4 <= self.weight_bits <= 8 and 8 <= self.activation_bits <= 15):
             bits = f"w{self.weight_bits}a{self.activation_bits}"
-            raise PcrExportError(f"--bits {bits} is not supported: use w8a8, or w4a8 to w7a8 for fewer bits of weights")
-        for name in ("num_inference_steps", "calib_size", "calib_batch", "height", "width"):
+            raise PcrExportError(
+                f"--bits {bits} is not supported: use w8a8, w4 to w8 for weights, a8 to a15 for activations"
+            )
+        if self.activation_bits > 8 and self.relax != "none":
+            raise PcrExportError(
+                f"--relax {self.relax} needs 8-bit activations: with a{self.activation_bits} write --relax none"
+            )
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise PcrExportError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not 9 <= self.relax_bits <= 15:
@@ -65,6 +89,8 @@ class Recipe:
         if searched_mean_bits(self.relax, self.relax_bits) is None:
             parse_relaxed_steps(self.relax, self.num_inference_steps)
         self._check_baseline()
+        if parse_keep(self.keep) != (0, None) and self.weight_bits == 8:
+            raise PcrExportError(f"--keep {self.keep} needs fewer than 8 bits of weights, such as --bits w4a8")
 
     def _check_baseline(self) -> None:
         """The settings that only baselines have."""
@@ -78,11 +104,25 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as JSON with sorted keys."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        return _as_json(asdict(self))
 
     def hash(self) -> str:
-        """sha256 of the recipe's JSON."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """sha256 of the recipe's JSON, without later settings that change nothing: results of before they came keep their hash."""
+        facts = {name: value for name, value in asdict(self).items() if LATER_SETTINGS.get(name, ...) != value}
+        return hashlib.sha256(_as_json(facts).encode()).hexdigest()
+
+
+LATER_SETTINGS = {  # that came after results were published, at the values that mean what was done before
+    "weights": "rtn",
+    "keep": "none",
+    "weight_samples": 1024,
+    "weight_rounds": 1,
+    "adaround_iterations": 500,
+}
+
+
+def _as_json(facts: dict[str, Any]) -> str:
+    return json.dumps(facts, indent=2, sort_keys=True) + "\n"
 
 
 def recipe_from_json(text: str) -> Recipe:
@@ -92,7 +132,7 @@ def recipe_from_json(text: str) -> Recipe:
     except json.JSONDecodeError as error:
         raise PcrExportError(f"the recipe is no JSON ({error}): export again") from error
     names = {field.name for field in fields(Recipe)}
-    if not isinstance(values, dict) or set(values) != names:
+    if not isinstance(values, dict) or not names - set(LATER_SETTINGS) <= set(values) <= names:
         raise PcrExportError("the recipe was written by another version of pcr-export: export again")
     return Recipe(**{**values, "skip": tuple(values["skip"])})
 
@@ -118,6 +158,14 @@ def parse_observed_steps(text: str, num_steps: int) -> tuple[str, int]:
     if count < 1 or (kind == "uniform" and count > num_steps):
         raise PcrExportError(f"--observed-steps {text} must name 1 to {num_steps} steps (normal: 1 or more)")
     return kind, count
+
+
+def parse_keep(text: str) -> tuple[int, float | None]:
+    """'4' -> (4, None) layers; '4.5bit' -> (0, 4.5) bits on average; 'none' -> (0, None). Raises PcrExportError for anything else."""
+    match = re.fullmatch(r"none|(\d+)|(\d+(?:\.\d+)?)bits?", text)
+    if not match:
+        raise PcrExportError(f"--keep {text} is not understood: write a number of layers, or mean bits such as 4.5bit")
+    return int(match[1] or 0), float(match[2]) if match[2] else None
 
 
 def parse_bits(text: str) -> tuple[int, int]:

@@ -40,20 +40,33 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}", **versions}
 
 
-def site_rows(layers: Sequence[Layer], recipe: Recipe, sqnr_db: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One row per layer. `sqnr_db` is by site: its activations against their quantized values."""
+def site_rows(
+    layers: Sequence[Layer], recipe: Recipe, weights: Mapping[str, Facts], sqnr_db: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """One row per layer.
+
+    Args:
+        weights: {bits, error, rtn_error} by layer, where their rounding was learned.
+        sqnr_db: by site, its activations against their quantized values.
+    """
     return [
         {
             "name": layer.name,
             "op": layer.op,
             "site": layer.site,
-            "bits": f"w{recipe.weight_bits}a{recipe.activation_bits}" if layer.site else "float32",
+            "bits": _bits(layer, weights.get(layer.name, {}).get("bits", recipe.weight_bits), recipe),
             "quantized": layer.site is not None,
             "reason": layer.reason,
             "sqnr_db": finite(sqnr_db.get(layer.site or "")),
+            "weight_error": weights.get(layer.name, {}).get("error"),
+            "weight_rtn_error": weights.get(layer.name, {}).get("rtn_error"),
         }
         for layer in layers
     ]
+
+
+def _bits(layer: Layer, weight_bits: int, recipe: Recipe) -> str:
+    return f"w{weight_bits}a{recipe.activation_bits}" if layer.site else "float32"
 
 
 def make_report(
@@ -62,6 +75,7 @@ def make_report(
     *,
     calibration: Facts,
     relaxed: Facts,
+    weights: Mapping[str, Facts],
     graph: Facts,
     engines: Sequence[Facts],
     validation: Facts,
@@ -76,7 +90,7 @@ def make_report(
         "environment": environment(),
         "calibration": dict(calibration),
         "relaxed": dict(relaxed),
-        "sites": site_rows(layers, recipe, site_sqnr),
+        "sites": site_rows(layers, recipe, weights, site_sqnr),
         "graph": dict(graph),
         "engines": list(engines),
         "fidelity": fidelity or None,
@@ -97,6 +111,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{calibration['seconds']:.0f} s, peak {calibration['peak_memory_bytes'] / 2**30:.1f} GiB",
         ),
         *_relaxed_rows(report["relaxed"]),
+        *_weight_rows(report["recipe"], sites),
         ("UNet file", f"{graph['onnx_bytes'] / 2**20:.1f} MiB (float {graph['float_bytes'] / 2**20:.1f} MiB)"),
     ]
     for engine in report["engines"]:
@@ -129,6 +144,23 @@ def _relaxed_rows(relaxed: Facts) -> list[tuple[str, str]]:
         errors = ", ".join(f"{name} {error:.3g}" for name, error in relaxed["errors"].items())
         rows.append(("searched", f"{relaxed['choice']}; errors: {errors}"))
     return rows
+
+
+def _weight_rows(recipe: Facts, sites: Sequence[Facts]) -> list[tuple[str, str]]:
+    learned = [site for site in sites if site["weight_error"] is not None]
+    if not learned:
+        return []
+    error, nearest = (
+        sum(site[name] for site in learned) / len(learned) for name in ("weight_error", "weight_rtn_error")
+    )
+    kept = sum(not site["bits"].startswith(f"w{recipe['weight_bits']}a") for site in learned)
+    return [
+        (
+            "weights",
+            f"{recipe['weights']}, mean error of a layer's output {error:.3g} of its energy (to nearest {nearest:.3g}), "
+            f"{kept} layers at 8 bits",
+        )
+    ]
 
 
 def _onnxruntime_rows(engine: Facts) -> list[tuple[str, str]]:

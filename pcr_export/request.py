@@ -49,6 +49,11 @@ class ExportRequest:
     split_shortcut: bool
     relax: str | None
     relax_bits: int
+    weights: str
+    keep: str
+    weight_samples: int
+    weight_rounds: int
+    adaround_iterations: int
     skip: list[str] | None
     seed: int
     resume: bool
@@ -117,7 +122,7 @@ class ExportRequest:
             raise ValueError("the entry's sampling settings are not complete")
         weight_bits, activation_bits = parse_bits(self.bits)
         pixels = max(1, int(entry.height or 0) * int(entry.width or 0))
-        own_relax = f"{entry.relaxed_end}:20%" if entry.relaxed_end else "none"
+        own_relax = f"{entry.relaxed_end}:20%" if entry.relaxed_end and activation_bits == 8 else "none"
         return Recipe(
             model=self.model,
             num_inference_steps=int(entry.num_inference_steps or 0),
@@ -136,6 +141,11 @@ class ExportRequest:
             split_shortcut=self.split_shortcut,
             relax=own_relax if self.relax is None else self.relax,
             relax_bits=self.relax_bits,
+            weights=self.weights,
+            keep=self.keep,
+            weight_samples=self.weight_samples,
+            weight_rounds=self.weight_rounds,
+            adaround_iterations=self.adaround_iterations,
             skip=(*Recipe.skip, *(self.skip or ())),
             calib_size=min(self.calib_size, num_prompts),
             calib_batch=max(1, CALIBRATION_PIXELS_PER_CALL // pixels) if self.calib_batch is None else self.calib_batch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from pcr_export.errors import PcrExportError
+from pcr_export.stages import write_bytes
 
 FORMAT = 1
 ZERO_POINT_SYMMETRIC = 128
@@ -74,9 +74,7 @@ def write_step_scales(scales: StepScales, path: Path) -> None:
     tensors = {name: np.ascontiguousarray(getattr(scales, name)) for name in _TENSORS}
     header = {"format": FORMAT, "sites": scales.sites, "layers": dict(scales.layers)}
     metadata = {"step_scales": json.dumps(header, sort_keys=True)}  # one key: safetensors orders several at random
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(save(tensors, metadata))
-    os.replace(temporary, path)
+    write_bytes(path, save(tensors, metadata))
 
 
 def read_step_scales(path: Path) -> StepScales:

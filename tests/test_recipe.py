@@ -1,9 +1,11 @@
 import dataclasses
+import hashlib
+import json
 
 import pytest
 
 from pcr_export.errors import PcrExportError
-from pcr_export.recipe import Recipe, parse_bits, read_recipe, recipe_from_json
+from pcr_export.recipe import LATER_SETTINGS, Recipe, parse_bits, parse_keep, read_recipe, recipe_from_json
 from pcr_export.relaxed_steps import parse_relaxed_steps
 
 SETTINGS = {"model": "tiny-sdxl", "num_inference_steps": 20, "guidance_scale": 4.5, "height": 64, "width": 64}
@@ -28,15 +30,16 @@ def test_every_setting_changes_the_hash():
         "observed_steps": "uniform:2",
         "reduce": "min-mean",
         "smooth_quant": 0.5,
+        "weights": "gptq",
+        "keep": "4",
     }
     companions = {
         "observed_steps": {"scheme": "static"},
         "reduce": {"scheme": "static", "ranges": "minmax", "affine": False},
+        "keep": {"weight_bits": 4},
     }
     for field in dataclasses.fields(Recipe):
         value = getattr(recipe, field.name)
-        if field.name == "activation_bits":
-            continue  # one value so far
         change = changes[field.name] if field.name in changes else value + 1
         plain = dataclasses.replace(recipe, **companions.get(field.name, {}))
         changed = dataclasses.replace(plain, **{field.name: change})
@@ -48,10 +51,16 @@ def test_every_setting_changes_the_hash():
     [
         ({"ranges": "max"}, "--ranges max is unknown: choose one of mse"),
         ({"weight_bits": 3}, "use w8a8"),
+        ({"activation_bits": 16}, "--bits w8a16 is not supported: use w8a8"),
+        ({"activation_bits": 10, "relax": "last:2"}, "--relax last:2 needs 8-bit activations: with a10 write"),
         ({"calib_size": 0}, "--calib-size must be at least 1"),
         ({"relax_bits": 16}, "9..15"),
         ({"percentile": 10.0}, "--percentile"),
         ({"relax": "middle"}, "write none, first:20%"),
+        ({"weights": "adaquant"}, "--weights adaquant is unknown: choose one of rtn, gptq, adaround"),
+        ({"weight_rounds": 0}, "--weight-rounds must be at least 1"),
+        ({"keep": "4"}, "--keep 4 needs fewer than 8 bits of weights"),
+        ({"keep": "some", "weight_bits": 4}, "--keep some is not understood: write a number of layers"),
     ],
 )
 def test_bad_settings_say_what_to_write(change, match):
@@ -101,3 +110,18 @@ def test_the_recipe_of_a_folder(tmp_path):
     recipe = Recipe(model="m", num_inference_steps=2, guidance_scale=1.0, height=8, width=8)
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     assert read_recipe(tmp_path) == recipe
+
+
+def test_recipes_of_before_learned_weights_keep_their_hash():
+    """Their results are published under it."""
+    recipe = Recipe(**SETTINGS)
+    before = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in LATER_SETTINGS}
+    assert recipe.hash() == hashlib.sha256((json.dumps(before, indent=2, sort_keys=True) + "\n").encode()).hexdigest()
+    assert recipe_from_json(json.dumps(before)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("none", (0, None)), ("4", (4, None)), ("4.5bit", (0, 4.5)), ("5bits", (0, 5.0))]
+)
+def test_keep(text, found):
+    assert parse_keep(text) == found

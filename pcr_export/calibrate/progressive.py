@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from pcr_export.calibrate.ranges import ActivationHistogram, Quantizer
 from pcr_export.calibrate.simulate import QuantizeSites, Simulation
 from pcr_export.calibrate.site_observer import Calibration, Histograms, Observe, count_activations
 from pcr_export.calibrate.state import CalibrationState, CallRecord
+from pcr_export.calibrate.weights.rounding import NearestRounding, RoundWeight
 from pcr_export.models.denoiser import Denoiser, Inputs, Walk
 from pcr_export.progress import Advance, Track, silent
 from pcr_export.recipe import Recipe
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
+
+OnCall = Callable[[int, Sequence[Inputs]], None]
 
 
 def calibrate(
@@ -27,7 +30,9 @@ def calibrate(
     seeds: Sequence[int],
     recipe: Recipe,
     *,
+    round_weight: RoundWeight | None = None,
     state: CalibrationState | None = None,
+    on_call: OnCall | None = None,
     track: Track = silent,
 ) -> StepScales:
     """Find the activation quantizers of every step and site, by `recipe.scheme`.
@@ -40,7 +45,9 @@ def calibrate(
 
     Args:
         conditions, seeds: the calibration set; any length, one seed each.
+        round_weight: gives the integer weights; None: to nearest with recipe.weight_bits.
         state: where finished steps are kept and resumed from ("progressive" only).
+        on_call: told the index and the inputs of each call of the trajectory, a batch each, before it is made ("progressive" only).
 
     Raises:
         PcrExportError: an activation is NaN or infinite (the site is named), or the timesteps do not descend.
@@ -50,15 +57,20 @@ def calibrate(
     batches = [(conditions[i : i + size], seeds[i : i + size]) for i in range(0, len(conditions), size)]
     walks = [denoiser.walk(*batch) for batch in batches]
     if recipe.scheme == "progressive":
-        with Simulation(denoiser, layers, recipe.weight_bits) as simulation:
-            return _progressive(calibration, simulation, walks, state, track)
+        with Simulation(denoiser, layers, round_weight or NearestRounding(recipe.weight_bits)) as simulation:
+            return _progressive(calibration, simulation, walks, state, on_call, track)
     with Simulation(denoiser, layers, None) as simulation:
         return calibrate_from_float(calibration, simulation, walks, track)
 
 
 @torch.inference_mode()
 def _progressive(
-    calibration: Calibration, simulation: Simulation, walks: list[Walk], state: CalibrationState | None, track: Track
+    calibration: Calibration,
+    simulation: Simulation,
+    walks: list[Walk],
+    state: CalibrationState | None,
+    on_call: OnCall | None,
+    track: Track,
 ) -> StepScales:
     timesteps = calibration.denoiser.timesteps
     inputs = [next(walk) for walk in walks]
@@ -67,6 +79,8 @@ def _progressive(
     with track("calibrating", num_unet_calls(timesteps, len(walks))) as advance:
         for index, timestep in enumerate(timesteps):
             last = index == len(timesteps) - 1
+            if on_call:
+                on_call(index, inputs)
             if index < len(records):
                 record = records[index]
                 advance(len(walks) * _calls_of(index, timesteps, len(walks)))

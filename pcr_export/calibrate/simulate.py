@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pcr_export.calibrate.ranges import Quantizer, quantize
-from pcr_export.calibrate.weights.nearest import quantize_weight
-from pcr_export.errors import PcrExportError
+from pcr_export.calibrate.weights.rounding import RoundWeight
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
@@ -25,12 +24,12 @@ Visit = Callable[[str, Tensor], tuple[Tensor, float]]  # (site, activation) -> (
 class _Layer:
     """One layer of the simulation: its integer weight in place, its float weight and bias set aside."""
 
-    def __init__(self, name: str, site: str, module: nn.Module, weight_bits: int | None, visit: Visit) -> None:
+    def __init__(self, name: str, site: str, module: nn.Module, round_weight: RoundWeight | None, visit: Visit) -> None:
         self._module, self._site, self._visit = module, site, visit
         self._weight = module.get_parameter("weight").data
         self._bias = module._parameters["bias"]
         self._unit = 1.0
-        integers, self._weight_scale = _quantized_weight(name, self._weight, weight_bits)
+        integers, self._weight_scale = _rounded(name, self._weight, round_weight)
         module.get_parameter("weight").data = integers
         module._parameters["bias"] = None
         self._handles = [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)]
@@ -52,22 +51,22 @@ class _Layer:
 
 
 class Simulation:
-    """`with Simulation(denoiser, layers, 8)`: the network's weights are quantized and every site can be visited.
+    """`with Simulation(denoiser, layers, NearestRounding(8))`: the network's weights are quantized and every site can be visited.
 
-    `weight_bits` None leaves the weights float. On exit the network has its float weights and no hooks.
+    `round_weight` None leaves the weights float. On exit the network has its float weights and no hooks.
     """
 
-    def __init__(self, denoiser: Denoiser, layers: Sequence[Layer], weight_bits: int | None) -> None:
+    def __init__(self, denoiser: Denoiser, layers: Sequence[Layer], round_weight: RoundWeight | None) -> None:
         self._denoiser = denoiser
         self._names = {layer.name: layer.site for layer in layers if layer.site is not None}
-        self._weight_bits = weight_bits
+        self._round_weight = round_weight
         self._visit: Visit = leave_float
         self._layers: list[_Layer] = []
 
     def __enter__(self) -> Simulation:
         for name, site in self._names.items():
             module = self._denoiser.network.get_submodule(name)
-            self._layers.append(_Layer(name, site, module, self._weight_bits, lambda *args: self._visit(*args)))
+            self._layers.append(_Layer(name, site, module, self._round_weight, lambda *args: self._visit(*args)))
         return self
 
     def __exit__(
@@ -89,14 +88,11 @@ def leave_float(_site: str, x: Tensor) -> tuple[Tensor, float]:
     return x, 1.0
 
 
-def _quantized_weight(name: str, weight: Tensor, bits: int | None) -> tuple[Tensor, Tensor]:
-    """Integers in float32 of weight's shape, and float32 [out_channels]; without bits the weight itself, and ones."""
-    if bits is None:
+def _rounded(name: str, weight: Tensor, round_weight: RoundWeight | None) -> tuple[Tensor, Tensor]:
+    """Integers in float32 of weight's shape, and float32 [out_channels]; without a rounding the weight itself, and ones."""
+    if round_weight is None:
         return weight, torch.ones(len(weight), device=weight.device)
-    try:
-        q, scale = quantize_weight(weight.float().cpu().numpy(), bits)
-    except ValueError as error:
-        raise PcrExportError(f"layer {name}: {error}: the model's weights are damaged") from error
+    q, scale = round_weight(name, weight.float().cpu().numpy())
     return torch.from_numpy(q).to(weight.device, torch.float32), torch.from_numpy(scale).to(weight.device)
 
 

@@ -57,7 +57,9 @@ class Calibration:
         if self.timesteps != sorted(self.timesteps, reverse=True):
             raise PcrExportError("the scheduler's timesteps do not descend: use another scheduler")
         relaxed = parse_relaxed_steps(recipe.relax, len(self.timesteps))
-        self.bits = [recipe.relax_bits if step in relaxed else 8 for step in range(len(self.timesteps))]
+        self.bits = [
+            recipe.relax_bits if step in relaxed else recipe.activation_bits for step in range(len(self.timesteps))
+        ]
 
     def find(self, site: str, histogram: ActivationHistogram, bits: int) -> Quantizer:
         """The quantizer of one site by the recipe's range estimator."""

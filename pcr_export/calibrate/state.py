@@ -5,7 +5,6 @@ A walk is deterministic, so the outputs of the calls so far replay its latents a
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pcr_export.calibrate.ranges import Quantizer
 from pcr_export.errors import PcrExportError
+from pcr_export.stages import write_bytes
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,11 @@ class CalibrationState:
 
     def write(self, index: int, record: CallRecord) -> None:
         """Keep the record of call `index`, through a temporary name."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         quantizers = record.quantizers
         tensors = {f"output.{i}": output.contiguous() for i, output in enumerate(record.outputs)}
         tensors["scale"] = torch.tensor([q.scale for q in quantizers.values()], dtype=torch.float32)
         tensors["zero_point"] = torch.tensor([q.zero_point for q in quantizers.values()], dtype=torch.uint8)
-        path = self._path(index)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(save(tensors, {"key": self._key, "sites": "\n".join(quantizers)}))
-        os.replace(temporary, path)
+        write_bytes(self._path(index), save(tensors, {"key": self._key, "sites": "\n".join(quantizers)}))
 
     def clear(self) -> None:
         """Delete every record."""

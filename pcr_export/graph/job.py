@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from pcr_export.calibrate.weights.rounding import NEAREST_8, RoundWeight
 from pcr_export.graph.weight_file import WeightFile
 from pcr_export.step_scales import StepScales
 
@@ -26,7 +27,7 @@ class Job:
     scales: StepScales
     timestep: str  # name of the graph's rank-0 float32 input
     weights: WeightFile
-    weight_bits: int = 8  # of the quantized layers, 2..8; the integers are stored as int8
+    round_weight: RoundWeight = NEAREST_8  # gives the integers of the quantized layers
     quantizers: int = 0  # quantized tensors; a tensor read by several layers of one site counts once
     step: ir.Value | None = None  # int64 scalar, once FindStep has run
     scale_of: dict[str, ir.Value] = field(default_factory=dict)  # site -> this step's scale, float32 [1]

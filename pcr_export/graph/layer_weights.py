@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from pcr_export.calibrate.weights.nearest import quantize_weight
-from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import Job, attribute
 from pcr_export.graph.weight_file import row_major
+
+LARGEST_INT4 = 7
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,17 @@ class LayerWeights:
             assert bias.const_value is not None
             bias = self.job.initializer(bias.const_value.numpy()[part], f"{name}.bias")
         return IntegerWeight(
-            q=self.job.initializer(q[:, part], f"{name}.weight_q"),
+            q=self._store(q[:, part], f"{name}.weight_q"),
             scale=self.job.initializer(scale[part], f"{name}.weight_scale"),
             bias=bias,
         )
+
+    def _store(self, q: np.ndarray, name: str) -> ir.Value:
+        """An int8 value; where 4 bits hold every integer, they lie packed in the file and the engine unpacks them as it loads."""
+        if np.abs(q).max() > LARGEST_INT4:
+            return self.job.initializer(q, name)
+        packed = self.job.initializer(q.astype(ml_dtypes.int4), f"{name}4")
+        return self.job.behind_step()("Cast", [packed], {"to": int(ir.DataType.INT8)}, name=name, shape=q.shape)
 
     def integers(self, node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
         """int8 in torch's layout [out_channels, in_channels, ...], as in the simulation, and scales float32 [out_channels]."""
@@ -61,16 +69,13 @@ class LayerWeights:
             assert tensor is not None
             self.latest = (
                 layer,
-                *_quantize(tensor, layer, bool(attribute(node, "transposed", 0)), self.job.weight_bits),
+                *self.job.round_weight(layer, _as_torch_has_it(tensor, bool(attribute(node, "transposed", 0)))),
             )
             if isinstance(tensor, ir.ExternalTensor):
                 tensor.release()
         return self.latest[1], self.latest[2]
 
 
-def _quantize(tensor: ir.TensorProtocol, layer: str, transposed: bool, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def _as_torch_has_it(tensor: ir.TensorProtocol, transposed: bool) -> np.ndarray:
     weight = tensor.numpy()
-    try:
-        return quantize_weight(row_major(weight.T if transposed else weight), bits)
-    except ValueError as error:
-        raise PcrExportError(f"{layer}: {error}; the float network is damaged, load it again") from error
+    return row_major(weight.T if transposed else weight)

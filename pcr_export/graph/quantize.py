@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from pcr_export.calibrate.weights.rounding import NEAREST_8, RoundWeight
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import MICROSOFT, Job
 from pcr_export.graph.passes import DIALECTS, HALF_PASSES
@@ -45,7 +46,7 @@ def quantize_onnx(
     layers: Sequence[Layer],
     out_path: Path,
     dialect: str = "onnxruntime",
-    weight_bits: int = 8,
+    round_weight: RoundWeight = NEAREST_8,
 ) -> GraphReport:
     """Write the integer form of the float graph to `out_path`, its external data beside it in `<out_path>_data`.
 
@@ -53,11 +54,10 @@ def quantize_onnx(
 
     Args:
         source: what `export_float_onnx` wrote, or what `trace_float_onnx` returned, of which nothing is changed.
-        scales: the activation quantizers; their layers' weights are quantized per output channel, to nearest.
+        scales: the activation quantizers; their layers' weights are quantized per output channel, as `round_weight` does it.
         layers: every Linear and Conv2d of the network; one with a reason stays float.
         out_path: the model file to write.
         dialect: "onnxruntime" (integer products of uint8 and int8) or "tensorrt" (Q/DQ around float16 operators).
-        weight_bits: 2..8; the file holds int8 whatever they are.
 
     Raises:
         PcrExportError: the float file is unreadable, no layer is quantized, or a layer of `scales` is not in the graph.
@@ -71,7 +71,7 @@ def quantize_onnx(
             scales=scales,
             timestep=_timestep(model.graph),
             weights=weights,
-            weight_bits=weight_bits,
+            round_weight=round_weight,
         )
         rewrites = {each.__name__: each().apply(job) for each in DIALECTS[dialect]}
         _move_weights(job)

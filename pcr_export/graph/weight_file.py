@@ -28,6 +28,14 @@ def row_major(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def _pack(array: np.ndarray) -> np.ndarray:
+    """int4 -> uint8 of half as many, the first of two in the low half (ONNX's order), row-major."""
+    halves = row_major(array).reshape(-1).view(np.uint8) & 0x0F
+    halves = np.append(halves, np.zeros(len(halves) % 2, np.uint8))
+    packed: np.ndarray = halves[::2] | (halves[1::2] << 4)
+    return packed
+
+
 class WeightFile:
     """Appends tensors to `<model path>_data` under a temporary name; `commit` puts both files in place.
 
@@ -54,8 +62,10 @@ class WeightFile:
 
     def store(self, array: np.ndarray, name: str) -> ir.TensorProtocol:
         """Append `array` and return the ONNX tensor that points at it; small ones stay in memory."""
+        dtype, shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
         if array.nbytes < INLINE_BYTES:
             return ir.tensor(np.array(array, order="C"), name=name)
+        array = _pack(array) if dtype == ir.DataType.INT4 else array
         assert self._file is not None, "WeightFile is used inside `with`"
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
@@ -64,8 +74,8 @@ class WeightFile:
             location=self.data_path.name,
             offset=offset,
             length=array.nbytes,
-            dtype=ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
+            dtype=dtype,
+            shape=shape,
             name=name,
             base_dir=self.model_path.parent,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pcr_export.calibrate.simulate import QuantizeSites, Simulation, quantizers_of_step
+from pcr_export.calibrate.weights.rounding import NEAREST_8, RoundWeight
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.progress import Track, silent
 from pcr_export.sites import Layer
@@ -59,7 +60,7 @@ def measure_fidelity(
     conditions: Sequence[Any],
     seeds: Sequence[int],
     *,
-    weight_bits: int = 8,
+    round_weight: RoundWeight = NEAREST_8,
     track: Track = silent,
 ) -> Fidelity:
     """Walk the simulation's trajectory and give the artifact, and the float network, the same inputs at every call.
@@ -74,7 +75,7 @@ def measure_fidelity(
     walk = denoiser.walk(conditions, seeds)
     inputs = next(walk)
     with (
-        Simulation(denoiser, layers, weight_bits) as simulation,
+        Simulation(denoiser, layers, round_weight) as simulation,
         track("checking the artifact", len(denoiser.timesteps)) as advance,
     ):
         for index in range(len(denoiser.timesteps)):

@@ -37,7 +37,7 @@ def write_html_report(folder: Path) -> Path:
     relaxed = [step for step, bits in enumerate(scales.bits.tolist()) if bits > 8]
     with reading(folder / "report.json"):
         recipe = report["recipe"]
-        title = f"{report['model']}: quantized to {recipe['weight_bits']}-bit weights, 8-bit activations"
+        title = f"{report['model']}: quantized to {recipe['weight_bits']}-bit weights, {recipe['activation_bits']}-bit activations"
         summary = _summary(report, recipe, scales, relaxed)
         sections = [
             *_quality_sections(folder, report),
@@ -245,7 +245,8 @@ def _bits_section(report: Facts, recipe: Facts, scales: StepScales, relaxed: Seq
     ]
     floats = [(reason, str(len(names)), ", ".join(names)) for reason, names in reasons.items()]
     notes = [
-        f"Weights have {recipe['weight_bits']} bits, activations 8, {recipe['relax_bits']} at {len(relaxed)} relaxed steps. "
+        f"Weights have {recipe['weight_bits']} bits, activations {recipe['activation_bits']}, "
+        f"{recipe['relax_bits']} at {len(relaxed)} relaxed steps. "
         f"The UNet's file has {graph['onnx_bytes'] / 2**20:.1f} MiB; in float it had {graph['float_bytes'] / 2**20:.1f} MiB.",
         *([] if floats else ["No layer stayed float."]),
     ]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pcr_export.calibrate.layers import find_layers
+from pcr_export.calibrate.learn_weights import rounding_of
 from pcr_export.calibrate.rewrite_network import rewrites_network
 from pcr_export.calibrate.simulate import Simulation, simulated_call
 from pcr_export.deploy.run import load_exported_model
@@ -119,7 +120,7 @@ class SimulationPainter:
                 )
             scales = read_step_scales(self.folder / "step_scales.safetensors")
             layers = find_layers(denoiser, next(denoiser.walk(["", ""], [0, 1])), recipe.skip)
-            with Simulation(denoiser, layers, recipe.weight_bits) as simulation:
+            with Simulation(denoiser, layers, rounding_of(recipe, self.folder)) as simulation:
                 yield paint_with(denoiser, simulated_call(simulation, scales, denoiser.timestep))
 
 

@@ -10,6 +10,7 @@ from pcr_export.calibrate.progressive import calibrate, num_unet_calls
 from pcr_export.calibrate.ranges import ActivationHistogram, minmax_range
 from pcr_export.calibrate.simulate import QuantizeSites, Simulation, quantizers_of_step, simulated_call
 from pcr_export.calibrate.state import CalibrationState
+from pcr_export.calibrate.weights.rounding import NEAREST_8
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import sample
 from pcr_export.recipe import Recipe
@@ -58,7 +59,7 @@ def test_step_t_is_observed_behind_quantized_steps(batch):
     scales = calibrate(denoiser, layers, LABELS, SEEDS, recipe(ranges="minmax", calib_batch=batch, affine=False))
     walk = denoiser.walk(LABELS, SEEDS)
     inputs = next(walk)
-    with Simulation(denoiser, layers, 8) as simulation:
+    with Simulation(denoiser, layers, NEAREST_8) as simulation:
         for step in range(scales.num_steps):
             quantizers = quantizers_of_step(scales, step)
             histograms = {site: ActivationHistogram() for site in scales.sites}
@@ -148,7 +149,7 @@ def test_calibrated_simulation_stays_near_the_float_model():
     scales = run(denoiser)
     layers = find_layers(denoiser, next(denoiser.walk(LABELS, SEEDS)), ("conv_in", "conv_out"))
     reference = sample(denoiser, denoiser, LABELS, SEEDS)
-    with Simulation(denoiser, layers, 8) as simulation:
+    with Simulation(denoiser, layers, NEAREST_8) as simulation:
         simulated = sample(denoiser, simulated_call(simulation, scales, "t"), LABELS, SEEDS)
     error = (simulated - reference).square().mean() / reference.square().mean()
     assert 0 < error < 1e-3  # 30 dB
@@ -186,3 +187,9 @@ def test_rising_timesteps_are_refused():
     denoiser = dataclasses.replace(class_conditional_denoiser(), timesteps=(100.0, 300.0))
     with pytest.raises(PcrExportError, match="do not descend"):
         run(denoiser)
+
+
+def test_more_activation_bits_are_every_step_relaxed():
+    wide, relaxed = run(activation_bits=10), run(relax="first:100%", relax_bits=10)
+    assert (wide.bits == 10).all()
+    np.testing.assert_array_equal(wide.scale, relaxed.scale)

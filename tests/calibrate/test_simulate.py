@@ -10,6 +10,7 @@ from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.ranges import Quantizer
 from pcr_export.calibrate.simulate import QuantizeSites, Simulation
 from pcr_export.calibrate.weights.nearest import quantize_weight
+from pcr_export.calibrate.weights.rounding import NEAREST_8
 from pcr_export.errors import PcrExportError
 from pcr_export.sites import Layer
 
@@ -19,7 +20,7 @@ def test_simulation_restores_the_float_network():
     inputs = next(denoiser.walk([1, 2], [0, 1]))
     layers = find_layers(denoiser, inputs, ())
     before = denoiser(inputs)
-    with Simulation(denoiser, layers, 8) as simulation:
+    with Simulation(denoiser, layers, NEAREST_8) as simulation:
         quantized = simulation.run(inputs)
     assert not torch.equal(before, quantized)
     assert torch.equal(denoiser(inputs), before)
@@ -37,7 +38,7 @@ def test_a_layer_equals_integer_arithmetic(op, bits):
         class_conditional_denoiser(), network=nn.Sequential(module), call=lambda network, inputs: network(inputs["x"])
     )
     scale, zero_point = np.float32(0.03), 100
-    with Simulation(denoiser, [Layer(name="0", op=op, site="0")], 8) as simulation:
+    with Simulation(denoiser, [Layer(name="0", op=op, site="0")], NEAREST_8) as simulation:
         simulated = simulation.run({"x": x}, QuantizeSites({"0": Quantizer(float(scale), zero_point)}, bits))
 
     q, weight_scale = quantize_weight(module.weight.detach().numpy())
@@ -63,7 +64,7 @@ def test_every_site_is_visited_with_its_own_quantizer():
         seen.add(site)
         return QuantizeSites({site: Quantizer(0.1, 128)}, 8)(site, x)
 
-    with Simulation(denoiser, layers, 8) as simulation:
+    with Simulation(denoiser, layers, NEAREST_8) as simulation:
         simulation.run(inputs, visit)
     assert seen == sites
 
@@ -72,5 +73,5 @@ def test_damaged_weights_are_named():
     denoiser = class_conditional_denoiser()
     layers = find_layers(denoiser, next(denoiser.walk([1], [0])), ())
     denoiser.network.merge.weight.data[0, 0] = float("nan")
-    with pytest.raises(PcrExportError, match="layer merge: weight holds NaN"), Simulation(denoiser, layers, 8):
+    with pytest.raises(PcrExportError, match="layer merge: weight holds NaN"), Simulation(denoiser, layers, NEAREST_8):
         pass

@@ -15,6 +15,7 @@ from min_max import feed, min_max_scales, sqnr_db
 from torch import Tensor, nn
 
 from pcr_export.calibrate.simulate import Simulation, simulated_call
+from pcr_export.calibrate.weights.rounding import NEAREST_8, NearestRounding
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.quantize import quantize_onnx
@@ -40,7 +41,7 @@ def test_the_artifact_computes_the_simulation(case: Case, bits: tuple[int, ...] 
     report = quantize_onnx(case.float_path, scales, layers, path)
     assert report.layers == tuple(sorted(scales.layers))
     reference = copy.deepcopy(case.denoiser.network)
-    with OnnxRuntimeEngine(path, threads=1) as engine, Simulation(case.denoiser, layers, 8) as simulation:
+    with OnnxRuntimeEngine(path, threads=1) as engine, Simulation(case.denoiser, layers, NEAREST_8) as simulation:
         simulate = simulated_call(simulation, scales, case.denoiser.timestep)
         for timestep in TIMESTEPS:
             for batch, size in ((2, 8), (1, 12)):
@@ -51,6 +52,31 @@ def test_the_artifact_computes_the_simulation(case: Case, bits: tuple[int, ...] 
                 distance = sqnr_db(simulated, engine.run(feed(inputs)))
                 assert distance > 30
                 assert distance > sqnr_db(float_output(replace(case.denoiser, network=reference), inputs), simulated)
+
+
+@pytest.mark.parametrize("bits", [None, RELAXED])
+def test_4_bit_weights_lie_packed_in_the_file_and_compute_the_same(sdxl: Case, bits: tuple[int, ...] | None) -> None:
+    scales, layers = sdxl.calibrate(bits)
+    kept = sorted(scales.layers)[0]
+    rounding = NearestRounding(4, {kept: 8})
+    path, wide = (sdxl.folder / name / "model.onnx" for name in ("w4", "w8"))
+    report, other = (
+        quantize_onnx(sdxl.float_path, scales, layers, *each) for each in ((path, "onnxruntime", rounding), (wide,))
+    )
+    initializers = ir.load(path).graph.initializers
+    integers = {
+        dtype: [v for v in initializers.values() if v.dtype == dtype] for dtype in (ir.DataType.INT4, ir.DataType.INT8)
+    }
+    assert {value.name for value in integers[ir.DataType.INT8]} == {f"{kept}.weight_q"}
+    for value in integers[ir.DataType.INT4]:
+        tensor = value.const_value
+        assert not isinstance(tensor, ir.ExternalTensor) or tensor.length == -(-tensor.size // 2)
+    assert report.onnx_bytes < other.onnx_bytes
+    with OnnxRuntimeEngine(path, threads=1) as engine, Simulation(sdxl.denoiser, layers, rounding) as simulation:
+        simulate = simulated_call(simulation, scales, "timestep")
+        for timestep in TIMESTEPS:
+            inputs = sdxl.inputs() | {"timestep": torch.tensor(timestep)}
+            assert sqnr_db(simulate(inputs).numpy(), engine.run(feed(inputs))) > 30
 
 
 @torch.no_grad()
@@ -96,7 +122,10 @@ def test_a_quantized_layer_may_make_the_output(tmp_path: Path, bits: tuple[int, 
     scales, layers = min_max_scales(denoiser, inputs, TIMESTEPS, bits=bits, skip=())
     export_float_onnx(denoiser, inputs, tmp_path / "float.onnx")
     quantize_onnx(tmp_path / "float.onnx", scales, layers, tmp_path / "model.onnx")
-    with OnnxRuntimeEngine(tmp_path / "model.onnx", threads=1) as engine, Simulation(denoiser, layers, 8) as simulation:
+    with (
+        OnnxRuntimeEngine(tmp_path / "model.onnx", threads=1) as engine,
+        Simulation(denoiser, layers, NEAREST_8) as simulation,
+    ):
         assert engine.session.get_outputs()[0].name == "y"
         simulated = simulated_call(simulation, scales, "timestep")(inputs).numpy()
         np.testing.assert_allclose(engine.run(feed(inputs)), simulated, atol=1e-5)  # sums in another order
@@ -184,6 +213,6 @@ def test_a_damaged_weight_is_named(sdxl: Case, tmp_path: Path) -> None:
     data = np.memmap(tmp_path / "model.onnx_data", np.float32, "r+")
     data[:] = np.nan
     data.flush()
-    with pytest.raises(PcrExportError, match="NaN or infinite values; the float network is damaged"):
+    with pytest.raises(PcrExportError, match="NaN or infinite values: the model's weights are damaged"):
         quantize_onnx(tmp_path / "model.onnx", sdxl.scales, sdxl.layers, tmp_path / "out" / "model.onnx")
     assert list((tmp_path / "out").iterdir()) == []

@@ -13,6 +13,7 @@ from exported_cases import RELAXED, TIMESTEPS, Case
 from min_max import feed, sqnr_db
 
 from pcr_export.calibrate.simulate import Simulation, simulated_call
+from pcr_export.calibrate.weights.rounding import NEAREST_8
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.quantize import quantize_onnx, write_half_onnx
@@ -56,7 +57,7 @@ def test_it_is_as_near_to_float_as_the_simulation(case: Case, bits: tuple[int, .
     ]
     with OnnxRuntimeEngine(path, threads=1) as engine:
         outputs = [engine.run(feed(inputs)) for inputs in calls]
-    with Simulation(case.denoiser, layers, 8) as simulation:
+    with Simulation(case.denoiser, layers, NEAREST_8) as simulation:
         simulate = simulated_call(simulation, scales, case.denoiser.timestep)
         simulations = [simulate(inputs).numpy() for inputs in calls]
     for inputs, output, simulated in zip(calls, outputs, simulations, strict=True):

@@ -6,7 +6,8 @@ import pytest
 from diffusers import DiffusionPipeline
 from models.tiny_pipelines import tiny_sdxl
 
-from pcr_export.export import Job, export_denoiser
+from pcr_export.export import export_denoiser
+from pcr_export.export_job import Job
 from pcr_export.models.pipelines import denoiser_from_pipeline
 from pcr_export.qdiffbench.schemes import SCHEMES
 from pcr_export.recipe import Recipe

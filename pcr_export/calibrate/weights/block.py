@@ -1,0 +1,147 @@
+"""One block of a network with what it was called with: its layers' errors, and their rounding by GPTQ or AdaRound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pcr_export.calibrate.weights.adaround import AdaRoundSettings, SoftRounding, learn_rounding
+from pcr_export.calibrate.weights.block_inputs import BlockCall
+from pcr_export.calibrate.weights.gptq import Gptq, gptq, output_error
+from pcr_export.calibrate.weights.nearest import quantize_weight
+from pcr_export.sites import Layer
+
+Rounded = dict[
+    str, tuple[np.ndarray, np.ndarray]
+]  # layer -> (int8 of the weight's shape, scale float32 [out_channels])
+SAMPLES_PER_CALL = 32
+START_SHARPNESS = 0.7  # of AdaRound: GPTQ's rounding is a good one, and can still be left
+WINDOW_ELEMENTS = 2**26  # of a convolution's unfolded input, at a time
+
+
+class Block:
+    """A float module and its arguments over many samples. Nothing in the module is changed."""
+
+    def __init__(self, name: str, module: nn.Module, layers: Sequence[Layer], call: BlockCall) -> None:
+        self._path = {layer.name: layer.name.removeprefix(name).removeprefix(".") for layer in layers}
+        self._site = {layer.name: layer.site for layer in layers}
+        self._module = module
+        self._call = call
+
+    def weight(self, layer: str) -> np.ndarray:
+        """float32 [out_channels, ...]."""
+        weight = self._module.get_submodule(self._path[layer]).get_parameter("weight")
+        array: np.ndarray = weight.detach().float().numpy()
+        return array
+
+    def gptq(self, bits: Mapping[str, int]) -> Rounded:
+        """Every layer by GPTQ, with the Hessian of its inputs at all steps."""
+        return {layer: (found.q, found.scale) for layer, found in self._gptq(bits).items()}
+
+    def _gptq(self, bits: Mapping[str, int]) -> dict[str, Gptq]:
+        return {layer: gptq(self.weight(layer), self.hessians[layer], bits[layer]) for layer in bits}
+
+    def adaround(
+        self,
+        bits: Mapping[str, int],
+        iterations: int,
+        *,
+        seed: int,
+        advance: Callable[[int], None] = lambda _count: None,
+    ) -> Rounded:
+        """All layers together by AdaRound, from where GPTQ ended: the block's output comes nearer to the float block's."""
+        start = self._gptq(bits)
+        roundings = {
+            layer: SoftRounding(
+                torch.from_numpy(found.compensated), torch.from_numpy(found.scale), bits[layer], START_SHARPNESS
+            )
+            for layer, found in start.items()
+        }
+        targets = self.outputs({})
+
+        def loss(weights: Mapping[str, Tensor], indices: Tensor) -> Tensor:
+            errors = (self._run(weights, self._call.rows(indices)) - targets[indices]).square()
+            channels = errors.shape[1] if errors.ndim == 4 else errors.shape[-1]
+            return errors.mean() * channels
+
+        settings = AdaRoundSettings(iterations=iterations)
+        learn_rounding(roundings, loss, self._call.num_samples, settings, seed, advance)
+        return {layer: (rounding.harden(), start[layer].scale) for layer, rounding in roundings.items()}
+
+    def relative_error(self, layer: str, q: np.ndarray, scale: np.ndarray) -> float:
+        """The squared error of the layer's output, bias left out, relative to the output's energy, over all samples."""
+        weight, hessian = self.weight(layer), self.hessians[layer]
+        column = scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return output_error(q * column - weight, hessian) / max(output_error(weight, hessian), 1e-30)
+
+    def sensitivities(self, bits: int) -> dict[str, dict[str, float]]:
+        """Layer -> {error, weights}: the relative squared error of the block's output with that layer alone rounded to nearest."""
+        exact = self.outputs({})
+        energy = max(exact.double().square().sum().item(), 1e-30)
+        found = {}
+        for layer in self._path:
+            weight = self.weight(layer)
+            q, scale = quantize_weight(weight, bits)
+            rounded = torch.from_numpy(q * scale.reshape(-1, *[1] * (weight.ndim - 1)))
+            error = (self.outputs({layer: rounded}) - exact).double().square().sum().item() / energy
+            found[layer] = {"error": error, "weights": weight.size}
+        return found
+
+    @torch.no_grad()
+    def outputs(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for all samples, with these weights in the place of the layers' own; float32 [samples, ...]."""
+        parts = range(0, self._call.num_samples, SAMPLES_PER_CALL)
+        return torch.cat([self._run(weights, self._call.rows(slice(i, i + SAMPLES_PER_CALL))) for i in parts])
+
+    def _run(self, weights: Mapping[str, Tensor], call: BlockCall) -> Tensor:
+        named = {".".join(filter(None, (self._path[layer], "weight"))): weight for layer, weight in weights.items()}
+        output: Tensor = functional_call(self._module, named, tuple(call.args), dict(call.kwargs))
+        return output
+
+    @cached_property
+    def hessians(self) -> dict[str, Tensor]:
+        """Layer -> sum of x x^T over its inputs, float32 [fan_in, fan_in]; layers of one site and one window share it."""
+        sums: dict[tuple[object, ...], Tensor] = {}
+        counted: set[tuple[object, ...]] = set()
+
+        def count(layer: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            key = self._hessian_key(layer)
+            if key not in counted:
+                counted.add(key)
+                for rows in _input_rows(module, args[0]):
+                    sums[key] = sums[key].addmm_(rows.T, rows) if key in sums else rows.T @ rows
+
+        with torch.no_grad(), ExitStack() as hooks:
+            for layer, path in self._path.items():
+                module = self._module.get_submodule(path)
+                hooks.enter_context(module.register_forward_pre_hook(partial(count, layer)))
+            for start in range(0, self._call.num_samples, SAMPLES_PER_CALL):
+                counted.clear()
+                self._run({}, self._call.rows(slice(start, start + SAMPLES_PER_CALL)))
+        return {layer: sums[self._hessian_key(layer)] for layer in self._path}
+
+    def _hessian_key(self, layer: str) -> tuple[object, ...]:
+        module = self._module.get_submodule(self._path[layer])
+        return (self._site[layer], *([module.kernel_size, module.stride, module.padding] if _is_conv(module) else []))
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d)
+
+
+def _input_rows(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """What each output number of a layer is a product with: float32 [products, fan_in], in parts."""
+    if not isinstance(module, nn.Conv2d):
+        return [x.reshape(-1, x.shape[-1])]
+    fan_in = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+    size = max(1, WINDOW_ELEMENTS // (fan_in * x.shape[-2] * x.shape[-1]))
+    assert not isinstance(module.padding, str)
+    unfold = partial(F.unfold, kernel_size=module.kernel_size, padding=module.padding, stride=module.stride)
+    return [unfold(part).transpose(1, 2).reshape(-1, fan_in) for part in x.split(size)]

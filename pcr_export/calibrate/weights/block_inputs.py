@@ -1,0 +1,150 @@
+"""What the blocks of a network are called with along a calibration trajectory: samples of every step, kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pcr_export.errors import PcrExportError
+from pcr_export.models.denoiser import Denoiser, Inputs
+from pcr_export.sites import Layer
+from pcr_export.stages import write_bytes
+
+BLOCK_CLASSES = ("ResnetBlock2D", "BasicTransformerBlock")  # of diffusers; a layer outside of them is a block alone
+PLAIN = (type(None), bool, int, float, str)
+
+
+def find_blocks(network: nn.Module, layers: Sequence[Layer]) -> dict[str, list[str]]:
+    """Module path of every block that holds quantized layers -> those layers; blocks and layers in the order of `layers`."""
+    paths = [name for name, module in network.named_modules() if type(module).__name__ in BLOCK_CLASSES]
+    blocks: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.site is not None:
+            around = [path for path in paths if layer.name.startswith(f"{path}.")]
+            blocks.setdefault(min(around, key=len, default=layer.name), []).append(layer.name)
+    return blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCall:
+    """The arguments of a block: tensors float32 [samples, ...] and plain values."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def num_samples(self) -> int:
+        """Of every tensor's first axis."""
+        return next(len(x) for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor))
+
+    def rows(self, indices: Tensor | slice) -> BlockCall:
+        """The same call with some of the samples."""
+
+        def pick(value: Any) -> Any:
+            return value[indices] if isinstance(value, Tensor) else value
+
+        return BlockCall(
+            args=[pick(value) for value in self.args],
+            kwargs={name: pick(value) for name, value in self.kwargs.items()},
+        )
+
+
+class BlockRecorder:
+    """Runs the float network on some samples of every call of a trajectory and writes what each block was called with.
+
+    A file per call of the trajectory; one that is there already is kept, so a stopped pass goes on.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, blocks: Sequence[str], folder: Path, samples_per_call: int, seed: int
+    ) -> None:
+        self._denoiser = denoiser
+        self._blocks = blocks
+        self._folder = folder
+        self._samples = samples_per_call
+        self._seed = seed
+
+    @torch.inference_mode()
+    def __call__(self, index: int, batches: Sequence[Inputs]) -> None:
+        """Record call `index`, whose inputs are `batches`."""
+        path = self._folder / f"call_{index:05d}.safetensors"
+        if path.exists():
+            return
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, dict[str, Any]] = {}
+        for block, arguments in self._arguments(self._choose(index, batches)).items():
+            plain[block] = {}
+            for name, value in arguments.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{block}|{name}"] = value.contiguous()
+                elif isinstance(value, PLAIN) or value == {}:
+                    plain[block][name] = value
+                else:
+                    raise PcrExportError(
+                        f"block {block} is called with {name} of type {type(value).__name__}, which can't be kept: use --weights rtn"
+                    )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save(tensors, {"plain": json.dumps(plain, sort_keys=True)}))
+
+    def _choose(self, index: int, batches: Sequence[Inputs]) -> Inputs:
+        """`samples_per_call` rows of all batches, drawn from the seed; what has no batch axis stays."""
+        first = next(iter(batches[0]))
+        sizes = [len(batch[first]) for batch in batches]
+        generator = torch.Generator().manual_seed(self._seed + index)
+        rows = torch.randperm(sum(sizes), generator=generator)[: self._samples].sort().values
+
+        def pick(name: str) -> Tensor:
+            parts = [batch[name] for batch in batches]
+            batched = all(x.ndim and len(x) == size for x, size in zip(parts, sizes, strict=True))
+            return torch.cat(parts)[rows] if batched else parts[0]
+
+        return {name: pick(name) for name in batches[0]}
+
+    def _arguments(self, inputs: Inputs) -> dict[str, dict[str, Any]]:
+        """Block -> its arguments by name, or by number where they were given by position."""
+        found: dict[str, dict[str, Any]] = {}
+
+        def keep(block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+            found[block] = {name: x.clone() if isinstance(x, Tensor) else x for name, x in named.items()}
+
+        with ExitStack() as hooks:
+            for block in self._blocks:
+                module = self._denoiser.network.get_submodule(block)
+                hooks.enter_context(
+                    module.register_forward_pre_hook(
+                        lambda _module, args, kwargs, block=block: keep(block, args, kwargs), with_kwargs=True
+                    )
+                )
+            self._denoiser(inputs)
+        return found
+
+
+def read_block_call(folder: Path, block: str) -> BlockCall:
+    """All samples of a block. Raises PcrExportError where a file is damaged."""
+    tensors: dict[str, list[Tensor]] = {}
+    plain: dict[str, Any] = {}
+    for path in sorted(folder.glob("call_*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                plain = json.loads((file.metadata() or {})["plain"])[block]
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name.startswith(f"{block}|"):
+                        tensors.setdefault(name.removeprefix(f"{block}|"), []).append(file.get_tensor(name))
+        except (SafetensorError, OSError, KeyError) as error:
+            raise PcrExportError(f"{path} is damaged ({error}): delete it and run again") from error
+    named = {**plain, **{name: torch.cat(parts) for name, parts in tensors.items()}}
+    positions = sorted((name for name in named if name.isdigit()), key=int)
+    return BlockCall(
+        args=[named[name] for name in positions],
+        kwargs={name: value for name, value in named.items() if not name.isdigit()},
+    )

@@ -1,0 +1,67 @@
+"""What one export is made of: the job as it was asked for, and what later stages need of what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcr_export.calibrate.weights.rounding import RoundWeight
+from pcr_export.engine_settings import EngineSettings
+from pcr_export.models.denoiser import Denoiser
+from pcr_export.progress import Track, silent
+from pcr_export.prompts import prompt_seeds
+from pcr_export.recipe import Recipe
+from pcr_export.sites import Layer
+from pcr_export.stages import Facts, Key, Stages
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MEASURED_PIXELS = 2**18  # prompts that something is measured on, times height and width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One export: what, how and where to."""
+
+    denoiser: Denoiser
+    recipe: Recipe
+    conditions: Sequence[Any]  # the calibration set: prompts, or what the denoiser's walk takes
+    folder: Path
+    seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' text and the recipe's seed
+    weights_folder: Path | None = None  # where learned weights are kept; None: in `folder`
+    engines: EngineSettings = field(default_factory=EngineSettings)
+    walk_key: Key = field(default_factory=dict)  # hashes of what the walk depends on besides the network and the recipe
+    float_graph: Callable[[], ir.Model] | None = None  # of the network, where it is traced already
+    resume: bool = True
+    validate: bool = True
+    track: Track = silent
+    log: Callable[[str], None] = field(default=lambda _line: None)
+
+    def noise_seeds(self) -> Sequence[int]:
+        """One seed per condition."""
+        return self.seeds or prompt_seeds([str(condition) for condition in self.conditions], self.recipe.seed)
+
+    def measured_batch(self, most: int) -> tuple[Sequence[Any], Sequence[int]]:
+        """The first conditions and their seeds: `most`, or as many as MEASURED_PIXELS allow."""
+        count = max(1, min(most, MEASURED_PIXELS // (self.recipe.height * self.recipe.width)))
+        return self.conditions[:count], self.noise_seeds()[:count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An export so far: what later stages and the report need."""
+
+    denoiser: Denoiser  # what was quantized: the job's, its network rewritten where the recipe tells to
+    layers: list[Layer]
+    rounding: RoundWeight
+    stages: Stages
+    key: Key  # of the quantized graph
+    weights: Facts  # of the layers whose rounding was learned
+    calibration: Facts
+    relaxed: Facts  # which steps, and where they were searched the errors of that choice
+    graph: Facts
+    engines: list[Facts]  # of TensorRT
+    float_graph: Callable[[], ir.Model]  # traced where it is first needed
