@@ -112,9 +112,9 @@ def quantize_denoiser(job: Job) -> Exported:
 
 
 def _round_weights(job: Job, layers: list[Layer]) -> tuple[RoundWeight, Facts]:
-    """What gives the layers their integer weights, and where it was learned, {bits, error, rtn_error} of each layer."""
+    """What gives the layers their integer weights, and {"layers", "seconds"} of learning it, as `WeightLearning.run` has them."""
     if not learns_weights(job.recipe):
-        return NearestRounding(job.recipe.weight_bits), {}
+        return NearestRounding(job.recipe.weight_bits), {"layers": {}, "seconds": 0.0}
     job = replace(job, recipe=replace(job.recipe, relax="none"))  # the same weights whatever is relaxed
     return WeightLearning(
         denoiser=job.denoiser,

@@ -59,7 +59,7 @@ class Exported:
     rounding: RoundWeight
     stages: Stages
     key: Key  # of the quantized graph
-    weights: Facts  # of the layers whose rounding was learned
+    weights: Facts  # {"layers", "seconds"} of learning their rounding
     calibration: Facts
     relaxed: Facts  # which steps, and where they were searched the errors of that choice
     graph: Facts

@@ -75,7 +75,7 @@ def make_report(
     *,
     calibration: Facts,
     relaxed: Facts,
-    weights: Mapping[str, Facts],
+    weights: Facts,
     graph: Facts,
     engines: Sequence[Facts],
     validation: Facts,
@@ -90,7 +90,8 @@ def make_report(
         "environment": environment(),
         "calibration": dict(calibration),
         "relaxed": dict(relaxed),
-        "sites": site_rows(layers, recipe, weights, site_sqnr),
+        "weights": {"seconds": weights["seconds"]},
+        "sites": site_rows(layers, recipe, weights["layers"], site_sqnr),
         "graph": dict(graph),
         "engines": list(engines),
         "fidelity": fidelity or None,
@@ -111,7 +112,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{calibration['seconds']:.0f} s, peak {calibration['peak_memory_bytes'] / 2**30:.1f} GiB",
         ),
         *_relaxed_rows(report["relaxed"]),
-        *_weight_rows(report["recipe"], sites),
+        *_weight_rows(report),
         ("UNet file", f"{graph['onnx_bytes'] / 2**20:.1f} MiB (float {graph['float_bytes'] / 2**20:.1f} MiB)"),
     ]
     for engine in report["engines"]:
@@ -146,8 +147,9 @@ def _relaxed_rows(relaxed: Facts) -> list[tuple[str, str]]:
     return rows
 
 
-def _weight_rows(recipe: Facts, sites: Sequence[Facts]) -> list[tuple[str, str]]:
-    learned = [site for site in sites if site["weight_error"] is not None]
+def _weight_rows(report: Facts) -> list[tuple[str, str]]:
+    recipe = report["recipe"]
+    learned = [site for site in report["sites"] if site["weight_error"] is not None]
     if not learned:
         return []
     error, nearest = (
@@ -158,7 +160,7 @@ def _weight_rows(recipe: Facts, sites: Sequence[Facts]) -> list[tuple[str, str]]
         (
             "weights",
             f"{recipe['weights']}, mean error of a layer's output {error:.3g} of its energy (to nearest {nearest:.3g}), "
-            f"{kept} layers at 8 bits",
+            f"{kept} layers at 8 bits, {report['weights']['seconds']:.0f} s",
         )
     ]
 

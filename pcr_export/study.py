@@ -13,6 +13,7 @@ import numpy as np
 
 from pcr_export import __version__
 from pcr_export.export import EXAMPLE_CONDITIONS, hash_weights, quantize_denoiser
+from pcr_export.export_job import Exported
 from pcr_export.export_pipeline import pipeline_job
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.models.load import LoadedModel
@@ -106,13 +107,16 @@ def score_recipe(
     keys = [_row_key(study, domain, recipe, calibration, simulated) for domain in study.domains]
     if all(key in study.known for key in keys):
         return [study.known[key] for key in keys]
-    folder = export_scheme(study, name, recipe, calibration)
+    folder = study.folder / "schemes" / name
+    exported = export_scheme(study, folder, recipe, calibration)
     scales = read_step_scales(folder / "step_scales.safetensors")
     about = {
         **about,
         "bits": f"w{recipe.weight_bits}a{recipe.activation_bits}",
         "relaxed_steps": np.flatnonzero(scales.bits > recipe.activation_bits).tolist(),
         "mean_activation_bits": float(scales.bits.mean()),
+        "onnx_bytes": exported.graph["onnx_bytes"],
+        "calibration_seconds": round(exported.calibration["seconds"] + exported.weights["seconds"], 1),
     }
     return [
         {**about, "domain": domain.name, **_score_folder(study, domain, name, folder, recipe, simulated), "key": key}
@@ -133,12 +137,10 @@ def _row_key(study: Study, domain: Domain, recipe: Recipe, calibration: Sequence
     return key_hash(facts)
 
 
-def export_scheme(study: Study, name: str, recipe: Recipe, prompts: Sequence[str]) -> Path:
+def export_scheme(study: Study, folder: Path, recipe: Recipe, prompts: Sequence[str]) -> Exported:
     """Calibrate on `prompts` and write the folder of a scheme: its step scales and its UNet, by the main job's own code."""
-    folder = study.folder / "schemes" / name
     job = pipeline_job(study.model, recipe, prompts, folder)
-    quantize_denoiser(replace(job, float_graph=lambda: study.float_graph, track=study.track, log=study.log))
-    return folder
+    return quantize_denoiser(replace(job, float_graph=lambda: study.float_graph, track=study.track, log=study.log))
 
 
 def _score_folder(study: Study, domain: Domain, name: str, folder: Path, recipe: Recipe, simulated: bool) -> Facts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from pcr_export.calibrate.progressive import calibrate
 from pcr_export.calibrate.state import CalibrationState
+from pcr_export.calibrate.weights.adaround import AdaRoundSettings
 from pcr_export.calibrate.weights.block import Block
 from pcr_export.calibrate.weights.block_inputs import BlockRecorder, find_blocks, read_block_call
 from pcr_export.calibrate.weights.keep import choose_kept
@@ -66,14 +68,19 @@ class WeightLearning:
     log: Callable[[str], None] = field(default=lambda _line: None)
 
     def run(self) -> tuple[RoundWeight, Facts]:
-        """The learned rounding, and per layer {bits, error, rtn_error}: squared error of its output relative to its energy."""
+        """The learned rounding, and {"seconds", "layers"}.
+
+        "layers" has {bits, error, rtn_error} of each: an error is the squared error of its output relative to its energy.
+        """
         rounding: RoundWeight = NEAREST_8
         facts: Facts = {}
+        seconds = 0.0
         for index in range(self.recipe.weight_rounds):
             a_round = _Round(self, self.folder / f"round_{index}", rounding)
             facts = a_round.run()
+            seconds += facts["seconds"]
             rounding = LearnedRounding(a_round.folder)
-        return rounding, facts
+        return rounding, {**facts, "seconds": round(seconds, 1)}
 
     @functools.cached_property
     def blocks(self) -> dict[str, list[str]]:
@@ -96,33 +103,37 @@ class _Round:
         learning, recipe = self._learning, self._learning.recipe
         kept = self._keep()
         steps = recipe.adaround_iterations if recipe.weights == "adaround" else 1
-        facts: Facts = {}
+        layer_facts: Facts = {}
+        seconds = 0.0
         with learning.track(f"learning weights ({recipe.weights})", steps * len(learning.blocks)) as advance:
             for index, (name, layers) in enumerate(learning.blocks.items()):
                 path = self.folder / f"block_{index:05d}.safetensors"
                 counted = _Counter(advance)
                 bits = {layer: kept.get(layer, recipe.weight_bits) for layer in layers}
                 learn = functools.partial(self._learn, name, bits, path, index, counted)
-                facts |= self._stages.run(f"block_{index:05d}", self._key(bits), [path], learn)
+                facts = self._stages.run(f"block_{index:05d}", self._key(bits), [path], learn)
+                layer_facts |= facts["layers"]
+                seconds += facts["seconds"]
                 counted.finish(steps)
         shutil.rmtree(self._inputs, ignore_errors=True)
-        return facts
+        return {"layers": layer_facts, "seconds": seconds}
 
     def _key(self, bits: Mapping[str, int]) -> Key:
         return {**self._learning.key, "bits": " ".join(f"{layer}={each}" for layer, each in bits.items())}
 
     def _learn(self, name: str, bits: Mapping[str, int], path: Path, index: int, advance: Advance) -> Facts:
-        recipe = self._learning.recipe
+        recipe, start = self._learning.recipe, time.monotonic()
         block = self._open(name)
         nearest = {layer: NearestRounding(bits[layer])(layer, block.weight(layer)) for layer in bits}
         if recipe.weights == "adaround":
-            rounded = block.adaround(bits, recipe.adaround_iterations, seed=recipe.seed + index, advance=advance)
+            settings = AdaRoundSettings(iterations=recipe.adaround_iterations)
+            rounded = block.adaround(bits, settings, seed=recipe.seed + index, advance=advance)
         elif recipe.weights == "gptq":
             rounded = block.gptq(bits)
         else:
             rounded = nearest
         write_rounded(rounded, path)
-        return {
+        layers = {
             layer: {
                 "bits": bits[layer],
                 "error": block.relative_error(layer, *rounded[layer]),
@@ -130,6 +141,7 @@ class _Round:
             }
             for layer in bits
         }
+        return {"layers": layers, "seconds": time.monotonic() - start}
 
     def _open(self, name: str) -> Block:
         learning = self._learning

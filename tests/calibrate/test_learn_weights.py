@@ -89,7 +89,8 @@ def test_what_a_block_was_called_with_gives_its_output_again(pipeline_denoiser: 
 @pytest.mark.parametrize("method", ["gptq", "adaround"])
 def test_learned_weights_beat_nearest(method: str, tmp_path: Path) -> None:
     job = learning(tmp_path, weights=method)
-    rounding, facts = job.run()
+    rounding, found = job.run()
+    facts = found["layers"]
     assert set(facts) == {layer.name for layer in job.layers if layer.site}
     assert sum(each["error"] for each in facts.values()) < 0.8 * sum(each["rtn_error"] for each in facts.values())
     assert not list(tmp_path.rglob("call_*"))  # the recorded inputs are gone
@@ -108,7 +109,7 @@ def test_learned_weights_beat_nearest(method: str, tmp_path: Path) -> None:
 
 def test_a_stopped_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     whole = learning(tmp_path / "whole", weights="adaround")
-    _, facts = whole.run()
+    facts = whole.run()[1]["layers"]
 
     @contextlib.contextmanager
     def stop_at_the_third_block(description: str, _total: int):
@@ -126,7 +127,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
         replace(stopped, track=stop_at_the_third_block).run()
     done = learned_files(tmp_path / "stopped")
     assert len(done) == 2
-    assert stopped.run()[1] == facts
+    assert stopped.run()[1]["layers"] == facts
     assert learned_files(tmp_path / "stopped") == learned_files(tmp_path / "whole")
 
 
@@ -153,7 +154,8 @@ def test_a_recording_stopped_half_way_goes_on(tmp_path: Path) -> None:
 
 def test_kept_layers_have_8_bits_and_a_second_round_follows_the_first(tmp_path: Path) -> None:
     job = learning(tmp_path, weights="gptq", keep="2", weight_rounds=2)
-    rounding, facts = job.run()
+    rounding, found = job.run()
+    facts = found["layers"]
     kept = [layer for layer, each in facts.items() if each["bits"] == 8]
     assert len(kept) == 2
     weight = job.denoiser.network.get_submodule(kept[0]).weight.detach().numpy()
@@ -170,7 +172,8 @@ def test_kept_layers_have_8_bits_and_a_second_round_follows_the_first(tmp_path: 
 def test_kept_layers_alone_are_rounded_to_nearest(tmp_path: Path) -> None:
     job = learning(tmp_path, keep="1")
     assert learns_weights(job.recipe)
-    rounding, facts = job.run()
+    rounding, found = job.run()
+    facts = found["layers"]
     assert all(each["error"] == each["rtn_error"] for each in facts.values())
     layer = next(layer for layer, each in facts.items() if each["bits"] == 4)
     weight = job.denoiser.network.get_submodule(layer).weight.detach().numpy()

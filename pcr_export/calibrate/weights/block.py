@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.func import functional_call
 
 from pcr_export.calibrate.weights.adaround import AdaRoundSettings, SoftRounding, learn_rounding
 from pcr_export.calibrate.weights.block_inputs import BlockCall
-from pcr_export.calibrate.weights.gptq import Gptq, gptq, output_error
+from pcr_export.calibrate.weights.gptq import gptq, output_error
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.sites import Layer
 
@@ -26,60 +27,65 @@ START_SHARPNESS = 0.7  # of AdaRound: GPTQ's rounding is a good one, and can sti
 WINDOW_ELEMENTS = 2**26  # of a convolution's unfolded input, at a time
 
 
+@dataclass(frozen=True)
 class Block:
-    """A float module and its arguments over many samples. Nothing in the module is changed."""
+    """A float module, those of its layers that are quantized, and its arguments over many samples. Nothing in the module is changed."""
 
-    def __init__(self, name: str, module: nn.Module, layers: Sequence[Layer], call: BlockCall) -> None:
-        self._path = {layer.name: layer.name.removeprefix(name).removeprefix(".") for layer in layers}
-        self._site = {layer.name: layer.site for layer in layers}
-        self._module = module
-        self._call = call
+    name: str  # module path; the layers lie below it, or are it
+    module: nn.Module
+    layers: Sequence[Layer]
+    call: BlockCall
 
     def weight(self, layer: str) -> np.ndarray:
         """float32 [out_channels, ...]."""
-        weight = self._module.get_submodule(self._path[layer]).get_parameter("weight")
+        weight = self.module.get_submodule(self._path[layer]).get_parameter("weight")
         array: np.ndarray = weight.detach().float().numpy()
         return array
 
     def gptq(self, bits: Mapping[str, int]) -> Rounded:
         """Every layer by GPTQ, with the Hessian of its inputs at all steps."""
-        return {layer: (found.q, found.scale) for layer, found in self._gptq(bits).items()}
-
-    def _gptq(self, bits: Mapping[str, int]) -> dict[str, Gptq]:
-        return {layer: gptq(self.weight(layer), self.hessians[layer], bits[layer]) for layer in bits}
+        found = {layer: gptq(self.weight(layer), self.hessians[layer], bits[layer]) for layer in bits}
+        return {layer: (each.q, each.scale) for layer, each in found.items()}
 
     def adaround(
         self,
         bits: Mapping[str, int],
-        iterations: int,
+        settings: AdaRoundSettings,
         *,
         seed: int,
+        from_gptq: bool = True,
         advance: Callable[[int], None] = lambda _count: None,
     ) -> Rounded:
-        """All layers together by AdaRound, from where GPTQ ended: the block's output comes nearer to the float block's."""
-        start = self._gptq(bits)
-        roundings = {
-            layer: SoftRounding(
-                torch.from_numpy(found.compensated), torch.from_numpy(found.scale), bits[layer], START_SHARPNESS
-            )
-            for layer, found in start.items()
-        }
+        """All layers together by AdaRound: the block's output comes nearer to the float block's.
+
+        `from_gptq` starts where GPTQ ended, otherwise from the weight itself, as published.
+        """
+        scales, roundings = {}, {}
+        for layer, width in bits.items():
+            weight = self.weight(layer)
+            if from_gptq:
+                found = gptq(weight, self.hessians[layer], width)
+                steps, scales[layer] = found.compensated, found.scale
+            else:
+                scales[layer] = quantize_weight(weight, width)[1]
+                steps = weight / _column(scales[layer], weight)
+            sharpness = START_SHARPNESS if from_gptq else 0.0
+            scale = torch.from_numpy(scales[layer])
+            roundings[layer] = SoftRounding(torch.from_numpy(steps), scale, width, sharpness)
         targets = self.outputs({})
 
         def loss(weights: Mapping[str, Tensor], indices: Tensor) -> Tensor:
-            errors = (self._run(weights, self._call.rows(indices)) - targets[indices]).square()
+            errors = (self._run(weights, self.call.rows(indices)) - targets[indices]).square()
             channels = errors.shape[1] if errors.ndim == 4 else errors.shape[-1]
             return errors.mean() * channels
 
-        settings = AdaRoundSettings(iterations=iterations)
-        learn_rounding(roundings, loss, self._call.num_samples, settings, seed, advance)
-        return {layer: (rounding.harden(), start[layer].scale) for layer, rounding in roundings.items()}
+        learn_rounding(roundings, loss, self.call.num_samples, settings, seed, advance)
+        return {layer: (rounding.harden(), scales[layer]) for layer, rounding in roundings.items()}
 
     def relative_error(self, layer: str, q: np.ndarray, scale: np.ndarray) -> float:
         """The squared error of the layer's output, bias left out, relative to the output's energy, over all samples."""
         weight, hessian = self.weight(layer), self.hessians[layer]
-        column = scale.reshape(-1, *[1] * (weight.ndim - 1))
-        return output_error(q * column - weight, hessian) / max(output_error(weight, hessian), 1e-30)
+        return output_error(q * _column(scale, weight) - weight, hessian) / max(output_error(weight, hessian), 1e-30)
 
     def sensitivities(self, bits: int) -> dict[str, dict[str, float]]:
         """Layer -> {error, weights}: the relative squared error of the block's output with that layer alone rounded to nearest."""
@@ -89,7 +95,7 @@ class Block:
         for layer in self._path:
             weight = self.weight(layer)
             q, scale = quantize_weight(weight, bits)
-            rounded = torch.from_numpy(q * scale.reshape(-1, *[1] * (weight.ndim - 1)))
+            rounded = torch.from_numpy(q * _column(scale, weight))
             error = (self.outputs({layer: rounded}) - exact).double().square().sum().item() / energy
             found[layer] = {"error": error, "weights": weight.size}
         return found
@@ -97,13 +103,18 @@ class Block:
     @torch.no_grad()
     def outputs(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The block's output for all samples, with these weights in the place of the layers' own; float32 [samples, ...]."""
-        parts = range(0, self._call.num_samples, SAMPLES_PER_CALL)
-        return torch.cat([self._run(weights, self._call.rows(slice(i, i + SAMPLES_PER_CALL))) for i in parts])
+        parts = range(0, self.call.num_samples, SAMPLES_PER_CALL)
+        return torch.cat([self._run(weights, self.call.rows(slice(i, i + SAMPLES_PER_CALL))) for i in parts])
 
     def _run(self, weights: Mapping[str, Tensor], call: BlockCall) -> Tensor:
         named = {".".join(filter(None, (self._path[layer], "weight"))): weight for layer, weight in weights.items()}
-        output: Tensor = functional_call(self._module, named, tuple(call.args), dict(call.kwargs))
+        output: Tensor = functional_call(self.module, named, tuple(call.args), dict(call.kwargs))
         return output
+
+    @cached_property
+    def _path(self) -> dict[str, str]:
+        """Layer -> its path within the module."""
+        return {layer.name: layer.name.removeprefix(self.name).removeprefix(".") for layer in self.layers}
 
     @cached_property
     def hessians(self) -> dict[str, Tensor]:
@@ -120,16 +131,22 @@ class Block:
 
         with torch.no_grad(), ExitStack() as hooks:
             for layer, path in self._path.items():
-                module = self._module.get_submodule(path)
+                module = self.module.get_submodule(path)
                 hooks.enter_context(module.register_forward_pre_hook(partial(count, layer)))
-            for start in range(0, self._call.num_samples, SAMPLES_PER_CALL):
+            for start in range(0, self.call.num_samples, SAMPLES_PER_CALL):
                 counted.clear()
-                self._run({}, self._call.rows(slice(start, start + SAMPLES_PER_CALL)))
+                self._run({}, self.call.rows(slice(start, start + SAMPLES_PER_CALL)))
         return {layer: sums[self._hessian_key(layer)] for layer in self._path}
 
     def _hessian_key(self, layer: str) -> tuple[object, ...]:
-        module = self._module.get_submodule(self._path[layer])
-        return (self._site[layer], *([module.kernel_size, module.stride, module.padding] if _is_conv(module) else []))
+        module = self.module.get_submodule(self._path[layer])
+        site = next(each.site for each in self.layers if each.name == layer)
+        return (site, *([module.kernel_size, module.stride, module.padding] if _is_conv(module) else []))
+
+
+def _column(scale: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """A number per output channel, in the shape that multiplies the weight."""
+    return scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _is_conv(module: nn.Module) -> bool:
