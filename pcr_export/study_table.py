@@ -35,7 +35,7 @@ CALIBRATION_SET_IMAGES = (
     512  # of each domain, the first ones; calibration prompts out of domain come from the rest of the file
 )
 SIMULATED_SCHEME = "pcr-affine"
-SIMULATION_IMAGES = 256  # the first ones: a simulation paints three times as long as its artifact
+SIMULATION_IMAGES = 128  # the first ones: a simulation paints three times as long as its artifact
 SHOWN_SCHEMES = ("static-minmax", "pcr-last-20")  # whose images stand in the report
 SHOWN_METRICS = ("fid_to_fp32", "clip_score", "psnr_db", "lpips")  # on the terminal
 OTHER_NOISE = 1  # the seed of the float model's images with other noise
