@@ -134,7 +134,14 @@ def _name_points(axes: Axes, rows: Sequence[Row], names: Mapping[str, str], *, t
             va="center",
             color=_color(_family(row["scheme"])),
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GREY,
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "relpos": (1, 0.5),
+            }
             if to_left
             else None,
         )
