@@ -59,7 +59,7 @@ def record(folder: Path, prompts: int, samples: int, seed: int) -> dict[str, Blo
         calib_size=prompts,
     )
     layers = find_layers(denoiser, next(denoiser.walk(conditions[:2], seeds[:2])), recipe.skip)
-    recorder = BlockRecorder(denoiser, BLOCKS, folder, samples // len(denoiser.timesteps), seed)
+    recorder = BlockRecorder(denoiser, BLOCKS, folder, samples, seed)
     calibrate(denoiser, layers, conditions, seeds, recipe, round_weight=NEAREST_8, on_call=recorder)
     return {
         name: Block(

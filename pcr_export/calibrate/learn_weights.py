@@ -175,8 +175,8 @@ class _Round:
                 shutil.rmtree(other)
 
         def walk() -> Facts:
-            per_call = max(1, recipe.weight_samples // len(learning.denoiser.timesteps))
-            recorder = BlockRecorder(learning.denoiser, list(learning.blocks), self._inputs, per_call, recipe.seed)
+            samples = recipe.weight_samples
+            recorder = BlockRecorder(learning.denoiser, list(learning.blocks), self._inputs, samples, recipe.seed)
             state = CalibrationState(self._inputs / "calls", key_hash(learning.key))
             calibrate(
                 learning.denoiser,

@@ -21,6 +21,7 @@ from pcr_export.stages import write_bytes
 
 BLOCK_CLASSES = ("ResnetBlock2D", "BasicTransformerBlock")  # of diffusers; a layer outside of them is a block alone
 PLAIN = (type(None), bool, int, float, str)
+BUDGET_BYTES = 2**35  # of the recorded inputs, on disk
 
 
 def find_blocks(network: nn.Module, layers: Sequence[Layer]) -> dict[str, list[str]]:
@@ -36,7 +37,7 @@ def find_blocks(network: nn.Module, layers: Sequence[Layer]) -> dict[str, list[s
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
-    """The arguments of a block: tensors float32 [samples, ...] and plain values."""
+    """The arguments of a block: tensors [samples, ...], float16 where that holds them, and plain values."""
 
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
@@ -47,10 +48,10 @@ class BlockCall:
         return next(len(x) for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor))
 
     def rows(self, indices: Tensor | slice) -> BlockCall:
-        """The same call with some of the samples."""
+        """The same call with some of the samples, in float32."""
 
         def pick(value: Any) -> Any:
-            return value[indices] if isinstance(value, Tensor) else value
+            return value[indices].float() if isinstance(value, Tensor) else value
 
         return BlockCall(
             args=[pick(value) for value in self.args],
@@ -61,21 +62,34 @@ class BlockCall:
 class BlockRecorder:
     """Runs the float network on some samples of every call of a trajectory and writes what each block was called with.
 
-    A file per call of the trajectory; one that is there already is kept, so a stopped pass goes on.
+    A file per call of the trajectory; one that is there already is kept, so a stopped pass goes on. Tensors are stored in float16
+    unless they overflow it.
+
+    Args:
+        samples: over all calls of a trajectory; fewer where they would need more than `budget` bytes, at least one a call.
     """
 
     def __init__(
-        self, denoiser: Denoiser, blocks: Sequence[str], folder: Path, samples_per_call: int, seed: int
+        self,
+        denoiser: Denoiser,
+        blocks: Sequence[str],
+        folder: Path,
+        samples: int,
+        seed: int,
+        budget: int = BUDGET_BYTES,
     ) -> None:
         self._denoiser = denoiser
         self._blocks = blocks
         self._folder = folder
-        self._samples = samples_per_call
+        self._per_call = max(1, samples // len(denoiser.timesteps))
         self._seed = seed
+        self._budget = budget
 
     @torch.inference_mode()
     def __call__(self, index: int, batches: Sequence[Inputs]) -> None:
-        """Record call `index`, whose inputs are `batches`."""
+        """Record call `index`, whose inputs are `batches`; call 0 comes first."""
+        if index == 0:
+            self._keep_to_budget(batches)
         path = self._folder / f"call_{index:05d}.safetensors"
         if path.exists():
             return
@@ -85,7 +99,7 @@ class BlockRecorder:
             plain[block] = {}
             for name, value in arguments.items():
                 if isinstance(value, Tensor):
-                    tensors[f"{block}|{name}"] = value.contiguous()
+                    tensors[f"{block}|{name}"] = _stored(value)
                 elif isinstance(value, PLAIN) or value == {}:
                     plain[block][name] = value
                 else:
@@ -95,12 +109,20 @@ class BlockRecorder:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save(tensors, {"plain": json.dumps(plain, sort_keys=True)}))
 
+    def _keep_to_budget(self, batches: Sequence[Inputs]) -> None:
+        """Lower the samples of a call to what the budget has room for, by the size of one of them."""
+        asked, self._per_call = self._per_call, 1
+        arguments = self._arguments(self._choose(0, batches)).values()
+        tensors = [x for each in arguments for x in each.values() if isinstance(x, Tensor)]
+        size = sum(_stored(x).nbytes for x in tensors)
+        self._per_call = max(1, min(asked, self._budget // (size * len(self._denoiser.timesteps))))
+
     def _choose(self, index: int, batches: Sequence[Inputs]) -> Inputs:
-        """`samples_per_call` rows of all batches, drawn from the seed; what has no batch axis stays."""
+        """Rows of all batches, drawn from the seed; what has no batch axis stays."""
         first = next(iter(batches[0]))
         sizes = [len(batch[first]) for batch in batches]
         generator = torch.Generator().manual_seed(self._seed + index)
-        rows = torch.randperm(sum(sizes), generator=generator)[: self._samples].sort().values
+        rows = torch.randperm(sum(sizes), generator=generator)[: self._per_call].sort().values
 
         def pick(name: str) -> Tensor:
             parts = [batch[name] for batch in batches]
@@ -127,6 +149,11 @@ class BlockRecorder:
                 )
             self._denoiser(inputs)
         return found
+
+
+def _stored(x: Tensor) -> Tensor:
+    half = x.half()
+    return half.contiguous() if torch.isfinite(half).all() else x.contiguous()
 
 
 def read_block_call(folder: Path, block: str) -> BlockCall:
