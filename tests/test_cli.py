@@ -202,3 +202,30 @@ def test_killed_in_mid_calibration_resumes_with_the_same_bytes(sdxl_folder, tmp_
     subprocess.run(command(sdxl_folder, tmp_path / "killed"), check=True, capture_output=True, env=environment)
     for name in ("step_scales.safetensors", "unet/model.onnx", "unet/model.onnx_data", "text_encoder/model.onnx"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_killed_in_mid_rounding_resumes_with_the_same_bytes(sdxl_folder, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ["--bits", "w4a8", "--weights", "adaround", "--adaround-iterations", "40", "--keep", "2"]
+    for name in ("whole", "killed"):
+        process = subprocess.Popen(
+            [*command(sdxl_folder, tmp_path / name), *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        learned = tmp_path / name / "random-sdxl-w4a8" / ".stages" / "weights" / "round_0"
+        while name == "killed" and not (learned / "block_00003.safetensors").exists():
+            assert process.poll() is None, "the export ended before it could be killed"
+            time.sleep(0.002)
+        if name == "killed":
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+    killed, whole = (tmp_path / name / "random-sdxl-w4a8" for name in ("killed", "whole"))
+    assert not (killed / "step_scales.safetensors").exists()
+    subprocess.run(
+        [*command(sdxl_folder, tmp_path / "killed"), *options], check=True, capture_output=True, env=environment
+    )
+    for name in ("step_scales.safetensors", "unet/model.onnx", "unet/model.onnx_data"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
