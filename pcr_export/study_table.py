@@ -100,9 +100,9 @@ def run_study(
 
     def keep(section: str, rows: Sequence[Facts]) -> None:
         for row in rows:
-            content["protocol"] = row.pop("protocol", content.get("protocol"))
-            reference = row.pop("clip_score_fp32", None)
-            if reference is not None and section == "rows":
+            reference, protocol = row.pop("clip_score_fp32", None), row.pop("protocol", None)
+            if section == "rows" and protocol is not None:  # of other sections they belong to other numbers of images
+                content["protocol"] = protocol
                 content.setdefault("reference", {})[row["domain"]] = {"clip_score": reference}
             row.setdefault("hardware", _hardware())
         keys = {row["key"] for row in rows}
