@@ -35,9 +35,9 @@ METRICS: Mapping[str, Metric] = {  # by the fields of `Scores` and of a study's 
     "fid_to_fp32": Metric("FID to FP32", "FID", "↓", "{:#.3g}"),
     "kid_to_fp32": Metric("1000 KID to FP32", "1000 KID", "↓", "{:#.3g}", factor=1000),
     "fid_to_real": Metric("FID to real images", "FID to real", "↓", "{:#.3g}"),
-    "clip_score": Metric("CLIP score", "CLIP score", "↑", "{:.2f}"),
+    "clip_score": Metric("CLIP score", "CLIP", "↑", "{:.2f}"),
     "clip_score_fp32": Metric("CLIP score of FP32", "CLIP of FP32", "", "{:.2f}"),
-    "psnr_db": Metric("PSNR to FP32, dB", "PSNR, dB", "↑", "{:.2f}"),
+    "psnr_db": Metric("PSNR to FP32, dB", "PSNR dB", "↑", "{:.2f}"),
     "ssim": Metric("SSIM to FP32", "SSIM", "↑", "{:.4f}"),
     "lpips": Metric("LPIPS to FP32", "LPIPS", "↓", "{:.4f}"),
 }
