@@ -141,16 +141,13 @@ class Block:
     def _hessian_key(self, layer: str) -> tuple[object, ...]:
         module = self.module.get_submodule(self._path[layer])
         site = next(each.site for each in self.layers if each.name == layer)
-        return (site, *([module.kernel_size, module.stride, module.padding] if _is_conv(module) else []))
+        window = (module.kernel_size, module.stride, module.padding) if isinstance(module, nn.Conv2d) else ()
+        return (site, *window)
 
 
 def _column(scale: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """A number per output channel, in the shape that multiplies the weight."""
     return scale.reshape(-1, *[1] * (weight.ndim - 1))
-
-
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d)
 
 
 def _input_rows(module: nn.Module, x: Tensor) -> list[Tensor]:
