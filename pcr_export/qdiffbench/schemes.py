@@ -28,6 +28,8 @@ _MODELOPT: Mapping[str, Any] = {
     "skip": _MODELOPT_SKIP,
 }
 
+_BEST: Mapping[str, Any] = {"split_shortcut": True, "relax": "last:20%"}  # the best of PCR with 8-bit weights
+
 # Name -> changes, for dataclasses.replace(recipe, **changes) on a recipe of the defaults.
 SCHEMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -47,11 +49,14 @@ SCHEMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "pcr-last-20": {"relax": "last:20%"},
         "pcr-auto-8.4": {"relax": "auto:8.4"},
         "pcr-split": {"split_shortcut": True},
-        "pcr-last-20-split": {"split_shortcut": True, "relax": "last:20%"},
+        "pcr-last-20-split": _BEST,
         "pcr-all-10bit": {"relax": "first:100%", "relax_bits": 10},
         "static-minmax-w4a8": {**_MINMAX, "weight_bits": 4},
         "per-step-float-w4a8": {**_PER_STEP_FLOAT, "weight_bits": 4},
         "pcr-affine-w4a8": {"weight_bits": 4},
         "pcr-last-20-w4a8": {"weight_bits": 4, "relax": "last:20%"},
+        "pcr-last-20-split-rtn-w4a8": {**_BEST, "weight_bits": 4},
+        "pcr-last-20-split-gptq-w4a8": {**_BEST, "weight_bits": 4, "weights": "gptq"},
+        "pcr-last-20-split-adaround-w4a8": {**_BEST, "weight_bits": 4, "weights": "adaround"},
     }
 )

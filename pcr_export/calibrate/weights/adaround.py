@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pcr_export.calibrate.weights.gptq import integer_range
+
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # zeta and gamma: h reaches 0 and 1 for finite alpha
 
 
@@ -26,7 +28,7 @@ class AdaRoundSettings:
 
 
 class SoftRounding(nn.Module):
-    """w_q = s clip(floor(v) + h, -L, L),   h = clip(sigmoid(alpha) 1.2 - 0.1, 0, 1)   for each number v = w / s of the weight."""
+    """w_q = s clip(floor(v) + h, *integer_range),   h = clip(sigmoid(alpha) 1.2 - 0.1, 0, 1)   for each number v = w / s of the weight."""
 
     def __init__(self, steps: Tensor, scale: Tensor, bits: int, sharpness: float = 0.0) -> None:
         """Start at h = v - floor(v), so that the soft weight is v itself.
@@ -37,9 +39,9 @@ class SoftRounding(nn.Module):
             sharpness: 0..1, how much nearer than v to round(v) the soft weight starts.
         """
         super().__init__()
-        self.limit = 2 ** (bits - 1) - 1
-        steps = steps.clamp(-self.limit, self.limit)
-        floor = steps.floor().clamp(max=self.limit - 1)
+        low, high = integer_range(bits)
+        steps = steps.clamp(low, high)
+        floor = steps.floor().clamp(max=high - 1)
         rest = steps - floor
         rest = rest + sharpness * ((rest >= 0.5).float() - rest)
         self.scale: Tensor

@@ -14,6 +14,12 @@ CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 BLOCK_COLUMNS = 128  # rounded before the columns behind them are corrected at once
 
 
+def integer_range(bits: int) -> tuple[int, int]:
+    """Least and greatest integer of a learned weight: all 2^bits, but -128, which the symmetric INT8 of some kernels leaves out."""
+    high: int = 2 ** (bits - 1) - 1
+    return (-high - 1 if bits < 8 else -high), high
+
+
 @dataclass(frozen=True)
 class Gptq:
     """What `gptq` found for one weight."""
@@ -32,7 +38,8 @@ def gptq(weight: np.ndarray, hessian: Tensor, bits: int) -> Gptq:
 
         q_j = clip(round(w_j / s)),    w_k -= (w_j - s q_j) U_jk / U_jj   for every k behind j
 
-    Each output channel takes the clip s = ratio * max|w| / (2^(bits-1) - 1) of CLIP_RATIOS whose result has the least such error.
+    clipped to `integer_range`. Each output channel takes the s = ratio * max|w| / (2^(bits-1) - 1) of CLIP_RATIOS whose result has
+    the least such error.
 
     Args:
         weight: float [out_channels, ...], fan_in numbers a row.
@@ -45,13 +52,13 @@ def gptq(weight: np.ndarray, hessian: Tensor, bits: int) -> Gptq:
     rows = torch.from_numpy(np.array(weight, np.float32)).reshape(len(weight), -1)
     if not (torch.isfinite(hessian).all() and torch.isfinite(rows).all()):
         raise ValueError("the layer's weights or inputs hold NaN or infinite values")
-    limit = 2 ** (bits - 1) - 1
+    clip = integer_range(bits)
     peak = rows.abs().amax(dim=1)
-    scales = torch.where(peak > 0, peak / limit, 1) * torch.tensor(CLIP_RATIOS)[:, None]  # [ratios, out_channels]
+    scales = torch.where(peak > 0, peak / clip[1], 1) * torch.tensor(CLIP_RATIOS)[:, None]  # [ratios, out_channels]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     q, compensated = (rows / scales[..., None] for _ in range(2))
     inner = (len(CLIP_RATIOS) * len(rows), -1)
-    _round_columns(q.view(inner), compensated.view(inner), order, _inverse_factor(hessian, order), limit)
+    _round_columns(q.view(inner), compensated.view(inner), order, _inverse_factor(hessian, order), clip)
     changes = q * scales[..., None] - rows
     best = ((changes @ hessian) * changes).sum(dim=-1).argmin(dim=0)
     channels = torch.arange(len(rows))
@@ -62,7 +69,7 @@ def gptq(weight: np.ndarray, hessian: Tensor, bits: int) -> Gptq:
     )
 
 
-def _round_columns(q: Tensor, compensated: Tensor, order: Tensor, factor: Tensor, limit: int) -> None:
+def _round_columns(q: Tensor, compensated: Tensor, order: Tensor, factor: Tensor, clip: tuple[int, int]) -> None:
     """Write to both what the columns of `q`, float32 [rows, fan_in] in units of the scale, become, in the order `order`."""
     steps = q[:, order]
     for start in range(0, steps.shape[1], BLOCK_COLUMNS):
@@ -71,7 +78,7 @@ def _round_columns(q: Tensor, compensated: Tensor, order: Tensor, factor: Tensor
         inner = factor[part, part]
         for j, column in enumerate(order[part].tolist()):
             compensated[:, column] = block[:, j]
-            q[:, column] = block[:, j].round().clamp(-limit, limit)
+            q[:, column] = block[:, j].round().clamp(*clip)
             errors[:, j] = (block[:, j] - q[:, column]) / inner[j, j]
             block[:, j + 1 :] -= errors[:, j, None] * inner[j, None, j + 1 :]
         steps[:, part.stop :] -= errors @ factor[part, part.stop :]

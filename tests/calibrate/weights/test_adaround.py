@@ -36,11 +36,12 @@ def test_the_soft_weight_starts_as_the_weight_itself() -> None:
     weight = np.random.default_rng(0).standard_normal((5, 7), np.float32)
     _, scale = quantize_weight(weight, 4)
     rounding = SoftRounding(torch.from_numpy(weight / scale[:, None]), torch.from_numpy(scale), 4)
-    limit = 7 * scale[:, None]
-    np.testing.assert_allclose(rounding().detach().numpy(), np.clip(weight, -limit, limit), atol=1e-5)
+    np.testing.assert_allclose(
+        rounding().detach().numpy(), np.clip(weight, -8 * scale[:, None], 7 * scale[:, None]), atol=1e-5
+    )
     sharp = SoftRounding(torch.from_numpy(weight / scale[:, None]), torch.from_numpy(scale), 4, sharpness=1.0)
     np.testing.assert_allclose(sharp().detach().numpy(), dequantized(sharp.harden(), scale), atol=1e-5)
-    np.testing.assert_array_equal(sharp.harden(), np.clip(np.rint(weight / scale[:, None]), -7, 7))
+    np.testing.assert_array_equal(sharp.harden(), np.clip(np.rint(weight / scale[:, None]), -8, 7))
 
 
 def test_regularizer_and_beta() -> None:
@@ -63,7 +64,7 @@ def test_near_the_best_of_all_roundings() -> None:
     ups = np.array(list(itertools.product((0, 1), repeat=7)), np.float32)
     best, ours, rounded = np.zeros((3, 12))
     for i, row in enumerate(weight):
-        floor = np.clip(np.floor(row / scale[i]), -3, 2)
+        floor = np.clip(np.floor(row / scale[i]), -4, 2)
         assert set(np.unique(q[i] - floor)) <= {0, 1}
         changes = torch.from_numpy((floor + ups) * scale[i] - row)
         best[i] = float(((changes @ hessian) * changes).sum(dim=1).min())

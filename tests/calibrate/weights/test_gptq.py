@@ -31,7 +31,7 @@ def test_output_error_is_the_squared_error_of_the_output() -> None:
 def test_uncorrelated_inputs_leave_rounding_to_nearest() -> None:
     weight = np.random.default_rng(1).standard_normal((8, 20), np.float32)
     found = gptq(weight, torch.eye(20), 4)
-    nearest = np.clip(np.rint(weight / found.scale[:, None]), -7, 7)
+    nearest = np.clip(np.rint(weight / found.scale[:, None]), -8, 7)
     np.testing.assert_array_equal(found.q, nearest)
     np.testing.assert_allclose(found.compensated * found.scale[:, None], weight, rtol=1e-5, atol=1e-6)
     limits = np.abs(weight).max(axis=1) / 7
@@ -40,11 +40,11 @@ def test_uncorrelated_inputs_leave_rounding_to_nearest() -> None:
 
 
 def test_near_the_best_of_all_integer_weights() -> None:
-    """5 weights of 3 bits a row: all 7^5 rows are tried with GPTQ's own scale."""
+    """5 weights of 3 bits a row: all 8^5 rows are tried with GPTQ's own scale."""
     hessian = (x := correlated_inputs(5)).T @ x
     weight = np.random.default_rng(2).standard_normal((6, 5), np.float32)
     found = gptq(weight, hessian, 3)
-    rows = np.array(list(itertools.product(range(-3, 4), repeat=5)), np.float32)
+    rows = np.array(list(itertools.product(range(-4, 4), repeat=5)), np.float32)
     for i, row in enumerate(weight):
         changes = torch.from_numpy(rows * found.scale[i] - row)
         best = float(((changes @ hessian) * changes).sum(dim=1).min())
@@ -61,7 +61,7 @@ def test_a_convolution_with_more_columns_than_a_block(bits: int) -> None:
     hessian = (x := correlated_inputs(180, 400)).T @ x
     found = gptq(weight, hessian, bits)
     assert (found.q.shape, found.q.dtype, found.scale.shape) == (weight.shape, np.int8, (10,))
-    assert np.abs(found.q).max() <= 2 ** (bits - 1) - 1
+    assert (found.q.min(), found.q.max()) == {4: (-8, 7), 8: (-127, 127)}[bits]
     nearest = output_error(dequantized(*quantize_weight(weight, bits)) - weight, hessian)
     assert output_error(dequantized(found.q, found.scale) - weight, hessian) < 0.6 * nearest
 
