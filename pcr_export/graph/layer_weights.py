@@ -11,7 +11,7 @@ import onnx_ir as ir
 from pcr_export.graph.job import Job, attribute
 from pcr_export.graph.weight_file import row_major
 
-LARGEST_INT4 = 7
+INT4 = (-8, 7)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LayerWeights:
 
     def _store(self, q: np.ndarray, name: str) -> ir.Value:
         """An int8 value; where 4 bits hold every integer, they lie packed in the file and the engine unpacks them as it loads."""
-        if np.abs(q).max() > LARGEST_INT4:
+        if q.min() < INT4[0] or q.max() > INT4[1]:
             return self.job.initializer(q, name)
         packed = self.job.initializer(q.astype(ml_dtypes.int4), f"{name}4")
         return self.job.behind_step()("Cast", [packed], {"to": int(ir.DataType.INT8)}, name=name, shape=q.shape)
