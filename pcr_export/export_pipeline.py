@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from pcr_export.qdiffbench.features import own_extractors
 from pcr_export.qdiffbench.html_report import write_html_report
 from pcr_export.qdiffbench.images import forget_images_of_another_key, generate_images, prompts_per_call
 from pcr_export.qdiffbench.painters import engine_call, paint_with
-from pcr_export.qdiffbench.scores import measure_scores
+from pcr_export.qdiffbench.scores import measure_scores, write_scores
+from pcr_export.qdiffbench.workers import Workers
 from pcr_export.recipe import Recipe
 from pcr_export.request import ExportRequest
-from pcr_export.stages import Facts, key_hash, write_json
+from pcr_export.stages import Facts, key_hash
 
 
 def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         **sampling,
     }
     folders = {name: job.folder / "images" / name for name in ("float", "int8")}
+    workers = Workers(threads=torch.get_num_threads())
 
     def make(name: str, call: Any) -> Facts:
         generate_images(
@@ -124,7 +126,7 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         return {}
 
     def make_int8() -> Facts:
-        with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx", threads=torch.get_num_threads()) as engine:
+        with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx", threads=workers.threads) as engine:
             return make("int8", engine_call(engine))
 
     for name, key, action in (
@@ -136,9 +138,10 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
     extractors, per_image = own_extractors(source), job.folder / "images" / "per_image.json"
 
     def measure() -> Facts:
-        facts = asdict(measure_scores(folders["int8"], folders["float"], prompts, extractors, track=job.track))
-        write_json(per_image, facts.pop("per_image"))
-        return facts
+        scores = measure_scores(
+            folders["int8"], folders["float"], prompts, extractors, workers=workers, track=job.track
+        )
+        return write_scores(scores, per_image)
 
     key = {**exported.key, **float_key, "extractors": extractors.name if extractors else "none"}
     return exported.stages.run("quality", key, [per_image], measure)

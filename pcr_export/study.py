@@ -21,11 +21,18 @@ from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds
 from pcr_export.qdiffbench.features import Extractors
 from pcr_export.qdiffbench.images import forget_images_of_another_key, prompts_per_call
-from pcr_export.qdiffbench.painters import FloatPainter, Painter, SimulationPainter, UnetPainter, settings_of
-from pcr_export.qdiffbench.scores import measure_scores
-from pcr_export.qdiffbench.workers import Workers, paint_images
+from pcr_export.qdiffbench.painters import (
+    FloatPainter,
+    Painter,
+    SimulationPainter,
+    UnetPainter,
+    paint_images,
+    settings_of,
+)
+from pcr_export.qdiffbench.scores import measure_scores, write_scores
+from pcr_export.qdiffbench.workers import Workers
 from pcr_export.recipe import Recipe
-from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
+from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash
 from pcr_export.step_scales import read_step_scales
 
 if TYPE_CHECKING:
@@ -162,9 +169,11 @@ def score(
     stages = Stages(study.folder / "stages" / domain.name, log=study.log)
 
     def measure() -> Facts:
-        scores = measure_scores(folder, reference, domain.scored_prompts, study.extractors, track=study.track)
-        write_json(folder / "per_image.json", asdict(scores.per_image))
-        return {each: getattr(scores, each) for each in (*METRICS, "clip_score_fp32", "protocol")}
+        scores = measure_scores(
+            folder, reference, domain.scored_prompts, study.extractors, workers=study.workers, track=study.track
+        )
+        facts = write_scores(scores, folder / "per_image.json")
+        return {each: facts[each] for each in (*METRICS, "clip_score_fp32", "protocol")}
 
     stage_key = {**_image_key(study, domain.scored_prompts), **key, "extractors": study.extractors.name}
     return stages.run(f"scores-{name}", stage_key, [folder / "per_image.json"], measure)

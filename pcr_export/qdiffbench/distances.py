@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,59 +14,73 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_kernel
 
-from pcr_export.qdiffbench.features import Extractors
-
-KID_ROWS = 1000  # of the kernel matrix at a time
+KID_ROWS = 1000  # and columns of the kernel matrix at a time
+ROWS_OF_MOMENTS = 64  # of features at a time, in sums
 HIGHEST_PSNR_DB = 100.0  # what an image without any error counts as
 
 
-class FrechetDistance:
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of two sets of features. Memory does not grow with their number."""
+class Features:
+    """What a network sees in N images, float32 [N, num_features], in a file: memory does not grow with N."""
 
-    def __init__(self, num_features: int) -> None:
-        self._metric = FrechetInceptionDistance(feature=_Given(num_features))
+    def __init__(self, path: Path, count: int, num_features: int) -> None:
+        self._path, self.shape = path, (count, num_features)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._open("w+")
 
-    def update(self, features: Tensor, *, real: bool) -> None:
-        """Take float32 [batch, num_features] into the set that is compared with (real) or the one that is judged."""
-        self._metric.update(features.double(), real=real)
+    def write(self, indices: range, features: np.ndarray) -> None:
+        """Keep float32 [len(indices), num_features]."""
+        self._open("r+")[indices.start : indices.stop] = features
 
-    def compute(self) -> float:
-        """The distance, in float64; both sets need two or more."""
-        return self._metric.compute().item()
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All rows in order, float64 [up to size, num_features]."""
+        for start in range(0, len(self), size):
+            yield torch.from_numpy(self._open("r")[start : start + size].astype(np.float64))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _open(self, mode: Literal["r", "r+", "w+"]) -> np.memmap:
+        return np.memmap(self._path, np.float32, mode, shape=self.shape)
 
 
-class KernelDistance:
-    """KID (Binkowski et al. 2018) of two sets of features of the same prompts: unbiased MMD^2, kernel (x.y / num_features + 1)^3.
+def all_distances(stores: Mapping[str, Features]) -> dict[str, float | None]:
+    """The figures of sets of features, by their names in Scores: "artifact" and "fp32", and "real" where there are real images."""
+    if not stores:
+        return dict.fromkeys(("fid_to_fp32", "fid_to_real", "kid_to_fp32"))
+    ours, theirs, real = stores["artifact"], stores["fp32"], stores.get("real")
+    return {
+        "fid_to_fp32": frechet_distance(ours, theirs),
+        "fid_to_real": frechet_distance(ours, real) if real else None,
+        "kid_to_fp32": kernel_distance(ours, theirs),
+    }
+
+
+def frechet_distance(ours: Features, theirs: Features) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) in float64; both sets have two images or more."""
+    metric = FrechetInceptionDistance(feature=_Given(ours.shape[1]))
+    for features, real in ((ours, False), (theirs, True)):
+        for some in features.split(ROWS_OF_MOMENTS):
+            metric.update(some, real=real)
+    return metric.compute().item()
+
+
+def kernel_distance(ours: Features, theirs: Features) -> float:
+    """KID (Binkowski et al. 2018) of two sets of the same prompts, two or more: unbiased MMD^2, kernel (x.y / num_features + 1)^3.
 
     An image and its counterpart share prompt and noise. The usual estimate counts k(x_i, y_i) as if they were independent, which
     puts near sets far below 0: by twice the mean of k(x_i, y_i) - k(x_i, y_j) over N. Here, as in Gretton et al. 2012, eq. 4, i
-    and j always differ: the mean over i != j of k(x_i, x_j) + k(y_i, y_j) - 2 k(x_i, y_j). It takes all images, no random subsets.
-    The features are kept, float32 [N, num_features] each: 16 kB a prompt for InceptionV3.
+    and j always differ: the mean over i != j of k(x_i, x_j) + k(y_i, y_j) - 2 k(x_i, y_j). It takes all images, no random subsets,
+    in float64: differences of near sets drown in float32.
     """
-
-    def __init__(self) -> None:
-        self._ours: list[Tensor] = []
-        self._theirs: list[Tensor] = []
-
-    def update(self, ours: Tensor, theirs: Tensor) -> None:
-        """Take the features of a batch of counterparts, float32 [batch, num_features] each."""
-        self._ours.append(ours)
-        self._theirs.append(theirs)
-
-    def compute(self) -> float:
-        """The distance, in float64: differences of near sets drown in float32. There must be two prompts or more."""
-        ours, theirs = torch.cat(self._ours).double(), torch.cat(self._theirs).double()
-        count, total = len(ours), 0.0
-        for x, y in zip(ours.split(KID_ROWS), theirs.split(KID_ROWS), strict=True):
-            total += (
-                poly_kernel(x, ours).sum() + poly_kernel(y, theirs).sum() - 2 * poly_kernel(x, theirs).sum()
-            ).item()
-        gamma = 1 / ours.shape[1]
-        same = [
-            ((a * b).sum(1) * gamma + 1).pow(3).sum().item()
-            for a, b in ((ours, ours), (theirs, theirs), (ours, theirs))
-        ]
-        return (total - same[0] - same[1] + 2 * same[2]) / (count * (count - 1))
+    total = 0.0
+    for i, (x, y) in enumerate(zip(ours.split(KID_ROWS), theirs.split(KID_ROWS), strict=True)):
+        for j, (u, v) in enumerate(zip(ours.split(KID_ROWS), theirs.split(KID_ROWS), strict=True)):
+            for sign, a, b in ((1, x, u), (1, y, v), (-2, x, v)):
+                kernel = poly_kernel(a, b)
+                if i == j:
+                    kernel.fill_diagonal_(0)
+                total += sign * kernel.sum().item()
+    return total / (len(ours) * (len(ours) - 1))
 
 
 class _Given(nn.Module):
@@ -90,54 +106,6 @@ def ssim(ours: Tensor, theirs: Tensor) -> list[float]:
     each = structural_similarity_index_measure(ours.float(), theirs.float(), data_range=255.0, reduction="none")
     values: list[float] = torch.as_tensor(each).tolist()
     return values
-
-
-class NetworkScores:
-    """The figures of one evaluation that networks give, batch by batch."""
-
-    def __init__(self, extractors: Extractors) -> None:
-        self._extractors = extractors
-        self._to_fp32 = FrechetDistance(extractors.num_features)
-        self._to_real = FrechetDistance(extractors.num_features)
-        self._kernel = KernelDistance()
-        self._count, self._count_real, self._clip, self._clip_fp32 = 0, 0, 0.0, 0.0
-
-    def update(self, ours: Tensor, theirs: Tensor, prompts: Sequence[str]) -> list[float]:
-        """Take a batch of the artifact's and of the float model's uint8 [batch, 3, height, width]; returns LPIPS of each pair."""
-        text = self._extractors.text_features(prompts)
-        our_outputs, their_outputs = self._extractors.outputs(ours), self._extractors.outputs(theirs)
-        self._to_fp32.update(our_outputs.features, real=False)
-        self._to_fp32.update(their_outputs.features, real=True)
-        self._to_real.update(our_outputs.features, real=False)
-        self._kernel.update(our_outputs.features, their_outputs.features)
-        self._clip += clip_scores(our_outputs.embeds, text).sum().item()
-        self._clip_fp32 += clip_scores(their_outputs.embeds, text).sum().item()
-        self._count += len(prompts)
-        values: list[float] = self._extractors.lpips(our_outputs, their_outputs).tolist()
-        return values
-
-    def update_real(self, images: Tensor) -> None:
-        """Take a batch of real images, uint8 [batch, 3, height, width]."""
-        self._to_real.update(self._extractors.features(images), real=True)
-        self._count_real += len(images)
-
-    def compute(self) -> dict[str, float | None]:
-        """The figures by their names in Scores; fid_to_real is None where no real images came."""
-        return {
-            "fid_to_fp32": self._to_fp32.compute(),
-            "fid_to_real": self._to_real.compute() if self._count_real else None,
-            "kid_to_fp32": self._kernel.compute(),
-            "clip_score": self._clip / self._count,
-            "clip_score_fp32": self._clip_fp32 / self._count,
-        }
-
-    def protocol(self) -> dict[str, Any]:
-        """The networks, the kernel of KID and the number of real images, as plain JSON."""
-        return {
-            **self._extractors.protocol,
-            "kid": "kernel (x.y / features + 1)^3, unbiased, all pairs of different prompts, no subsets",
-            "n_real_images": self._count_real,
-        }
 
 
 def clip_scores(images: Tensor, text: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ from pcr_export.qdiffbench.painters import (
     FolderPainter,
     ModelSettings,
     Painter,
+    paint_images,
     settings_of,
-    torch_threads,
 )
-from pcr_export.qdiffbench.scores import measure_scores
-from pcr_export.qdiffbench.workers import Workers, paint_images, worker_processes
+from pcr_export.qdiffbench.scores import measure_scores, write_scores
+from pcr_export.qdiffbench.workers import Workers, worker_processes
 from pcr_export.recipe import Recipe, read_recipe
 from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
 
@@ -167,19 +167,16 @@ def _evaluate_domain(
         _paint(evaluation, domain, painter, folder / name, name)
 
     def measure() -> Facts:
-        with torch_threads(evaluation.workers.threads):
-            scores = asdict(
-                measure_scores(
-                    folder / "artifact",
-                    folder / "fp32",
-                    domain.prompts,
-                    extractors,
-                    real=evaluation.real,
-                    track=evaluation.track,
-                )
-            )
-        write_json(folder / "per_image.json", scores.pop("per_image"))
-        return scores
+        scores = measure_scores(
+            folder / "artifact",
+            folder / "fp32",
+            domain.prompts,
+            extractors,
+            real=evaluation.real,
+            workers=evaluation.workers,
+            track=evaluation.track,
+        )
+        return write_scores(scores, folder / "per_image.json")
 
     stages = Stages(evaluation.folder / ".stages" / place, resume=evaluation.resume, log=evaluation.log)
     key = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +36,10 @@ class NetworkOutputs:
 
 
 class Extractors(Protocol):
-    """The networks of one evaluation. Figures of two of them are never compared, so each has a name with its weights' hash."""
+    """The networks of one evaluation. Figures of two of them are never compared, so each has a name with its weights' hash.
+
+    They are pickled as the call that loads them, not with their weights: every process of a cluster reads its own files.
+    """
 
     name: str
     num_features: int
@@ -118,8 +122,9 @@ class Clip:
 class OwnClip:
     """Extractors of a model that brings its own CLIP along: its image tower is the network of every figure."""
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: Clip, load: Callable[[], Any]) -> None:
         self._clip = clip
+        self._load = load
         self.name = clip.name
         self.num_features = clip.width
         self.text_features = clip.text_features
@@ -133,6 +138,9 @@ class OwnClip:
             "clip_text_sha256": clip.text_sha256,
             "lpips": f"unweighted, mean over the layers of {clip.name}",
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._load, ()
 
     def outputs(self, images: Tensor) -> NetworkOutputs:
         """As Extractors says."""
@@ -170,8 +178,11 @@ class RealNets:
 
     num_features = 2048
 
-    def __init__(self, inception: nn.Module, inception_sha256: str, clip: Clip, lpips: nn.Module) -> None:
+    def __init__(
+        self, inception: nn.Module, inception_sha256: str, clip: Clip, lpips: nn.Module, load: Callable[[], Any]
+    ) -> None:
         self._inception, self._clip, self._lpips = inception, clip, lpips
+        self._load = load
         self.text_features = clip.text_features
         extractor = f"InceptionV3 of torch-fidelity sha256:{inception_sha256[:SHOWN_LETTERS]}"
         self.name = f"{extractor}, {clip.name}"
@@ -185,6 +196,9 @@ class RealNets:
             "clip_resize": clip.resize,
             "lpips": f"AlexNet of torchmetrics sha256:{_state_sha256(lpips)[:SHOWN_LETTERS]}, images not resized",
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._load, ()
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
@@ -224,7 +238,8 @@ def own_extractors(source: str | Path) -> OwnClip | None:
     if not (folder / "clip_vision" / "model.safetensors").is_file():
         return None
     vision, text, tokenizer = (folder / part for part in ("clip_vision", "text_encoder_2", "tokenizer_2"))
-    return OwnClip(Clip(vision, text, tokenizer, f"{folder.name}/clip_vision"))
+    clip = Clip(vision, text, tokenizer, f"{folder.name}/clip_vision")
+    return OwnClip(clip, load=partial(own_extractors, folder.resolve()))
 
 
 def _load_real_nets(inception: Path | None, clip: str | Path) -> RealNets:
@@ -245,7 +260,12 @@ def _load_real_nets(inception: Path | None, clip: str | Path) -> RealNets:
             f"AlexNet for LPIPS can't be fetched ({error}): put torchvision's alexnet-owt-7be5be79.pth into "
             f"{_torch_cache()}"
         ) from error
-    return RealNets(net, hash_file(weights), _load_clip(clip), lpips)
+    load = partial(_load_real_nets, inception and inception.resolve(), _absolute(clip))
+    return RealNets(net, hash_file(weights), _load_clip(clip), lpips, load)
+
+
+def _absolute(clip: str | Path) -> str | Path:
+    return Path(clip).resolve() if Path(clip).is_dir() else clip
 
 
 def _load_clip(clip: str | Path) -> Clip:

@@ -21,7 +21,9 @@ from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import resolve
 from pcr_export.models.denoiser import Denoiser, Inputs, sample
 from pcr_export.models.load import load_model
-from pcr_export.qdiffbench.images import to_uint8
+from pcr_export.progress import Track, silent
+from pcr_export.qdiffbench.images import missing_chunks, to_uint8, write_chunk
+from pcr_export.qdiffbench.workers import ONE_PROCESS, Part, Workers, compute_parts, torch_threads
 from pcr_export.recipe import Recipe, read_recipe
 from pcr_export.step_scales import read_step_scales
 
@@ -29,10 +31,36 @@ Paint = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds -
 
 
 class Painter(Protocol):
-    """Says how images are made. It can be pickled: a worker process opens it for itself."""
+    """Says how images are made: a Task."""
 
     def open(self, threads: int) -> AbstractContextManager[Paint]:
         """The function that paints a batch, with `threads` threads. Raises PcrExportError where the model can't be loaded."""
+
+
+def paint_images(
+    painter: Painter,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    chunk: int,
+    workers: Workers = ONE_PROCESS,
+    description: str,
+    track: Track = silent,
+) -> None:
+    """Image i of prompt i and seed i, as `generate_images` does it, by `workers`; this process alone writes files.
+
+    Raises PcrExportError as `compute_parts` does; images that are finished stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = missing_chunks(folder, len(prompts), chunk)
+    parts = [Part(indices=each, args=([prompts[i] for i in each], [seeds[i] for i in each])) for each in chunks]
+    with track(description, len(prompts)) as advance:
+        advance(len(prompts) - sum(map(len, chunks)))
+        if parts:
+            for indices, pixels in compute_parts(painter, parts, workers):
+                write_chunk(pixels, folder, indices)
+                advance(len(indices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +150,6 @@ class SimulationPainter:
             layers = find_layers(denoiser, next(denoiser.walk(["", ""], [0, 1])), recipe.skip)
             with Simulation(denoiser, layers, rounding_of(recipe, self.folder)) as simulation:
                 yield paint_with(denoiser, simulated_call(simulation, scales, denoiser.timestep))
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """`count` threads of torch inside, as many as before outside. Float sums differ in the last digit with their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def engine_call(engine: OnnxRuntimeEngine) -> Callable[[Inputs], torch.Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Track, silent
 from pcr_export.qdiffbench.features import Extractors
 from pcr_export.qdiffbench.images import read_images
+from pcr_export.qdiffbench.workers import ONE_PROCESS, Part, Workers, compute_parts, torch_threads, worker_processes
+from pcr_export.stages import write_json
 
 IMAGES_FOR_A_STABLE_DISTANCE = 2048
 REAL_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FIGURES_OF_NETWORKS = ("fid_to_fp32", "fid_to_real", "kid_to_fp32", "clip_score", "clip_score_fp32")
+IMAGES_PER_BATCH = 64
+PIXELS_PER_BATCH = 2**22  # of one of a pair; SSIM needs some hundred bytes for each
+KID = "kernel (x.y / features + 1)^3, unbiased, all pairs of different prompts, no subsets"
 LIBRARIES = ("torch", "torchmetrics", "torch-fidelity", "torchvision", "transformers", "pillow")
 
 
@@ -59,56 +64,88 @@ def measure_scores(
     extractors: Extractors | None,
     *,
     real: Path | None = None,
-    batch: int = 64,
+    batch: int | None = None,
+    workers: Workers = ONE_PROCESS,
     track: Track = silent,
 ) -> Scores:
-    """Score the images of two folders, image i belonging to prompt i.
+    """Score the images of two folders, image i belonging to prompt i. The figures do not depend on the number of workers.
 
-    Memory does not grow with their number but for the figures of each image and KID's features, which `KernelDistance` keeps.
+    Memory does not grow with the number of images, but for a few numbers of each: features lie in files in `images` meanwhile.
 
     Args:
         extractors: None leaves only PSNR and SSIM.
         real: a folder of real images, of any names and sizes.
-        batch: images that are scored at a time.
+        batch: images that are scored at a time, on which the last digits depend; None: as many as their size lets.
 
     Raises:
-        PcrExportError: an image is missing or damaged, two of a pair differ in size, or there are fewer than two.
+        PcrExportError: an image is missing or damaged, two of a pair differ in size, there are fewer than two, or a worker fails.
     """
     if len(prompts) < 2:
         raise PcrExportError("fewer than 2 images have no Frechet distance: raise --images")
     try:  # where torch-fidelity is installed without a torchvision for this torch, torchmetrics can't be imported
-        from pcr_export.qdiffbench.distances import NetworkScores, psnr_db, ssim
+        from pcr_export.qdiffbench.distances import Features, all_distances
+        from pcr_export.qdiffbench.judge import ExtractFeatures, judge_pairs
     except (ImportError, RuntimeError) as error:
         raise PcrExportError(f"torchmetrics can't be imported ({error}): pip install pcr-export[fid]") from error
     real_paths = _find_real_images(real) if real and extractors else []
-    per_image, networks = PerImage(), NetworkScores(extractors) if extractors else None
-    with track("scores", len(prompts) + len(real_paths)) as advance:
-        for start in range(0, len(prompts), batch):
-            stop = min(start + batch, len(prompts))
-            ours, theirs = (read_images(folder, start, stop) for folder in (images, reference))
-            if ours.shape != theirs.shape:
-                raise PcrExportError(f"{images} and {reference} hold images of two sizes: make them again at one size")
-            per_image.prompts.extend(prompts[start:stop])
-            per_image.psnr_db.extend(psnr_db(ours, theirs))
-            per_image.ssim.extend(ssim(ours, theirs))
-            if networks:
-                per_image.lpips.extend(networks.update(ours, theirs, prompts[start:stop]))
-            advance(stop - start)
-        for some in _read_real_images(real_paths, batch):
-            if networks:
-                networks.update_real(some)
-            advance(len(some))
-    figures: dict[str, Any] = networks.compute() if networks else dict.fromkeys(FIGURES_OF_NETWORKS)
+    progress = track("scores", len(prompts) + len(real_paths))
+    with _scratch(images / ".features") as folder, worker_processes(workers), progress as advance:
+        stores = {}
+        if extractors:
+            for name, count in (("artifact", len(prompts)), ("fp32", len(prompts)), ("real", len(real_paths))):
+                if count:
+                    stores[name] = Features(folder / name, count, extractors.num_features)
+        pairs = _read_pairs(images, reference, prompts, batch)
+        each = judge_pairs(pairs, extractors, stores, workers, advance)
+        if extractors and real_paths:
+            parts = _read_real_images(real_paths, batch)
+            for indices, features in compute_parts(ExtractFeatures(extractors), parts, workers):
+                stores["real"].write(indices, features)
+                advance(len(indices))
+        with torch_threads(workers.threads):
+            figures: dict[str, Any] = all_distances(stores)
+    figures |= {name: float(np.mean(values)) if values else None for name, values in each.items()}
+    protocol = (
+        {**extractors.protocol, "kid": KID, "n_real_images": len(real_paths)} if extractors else {"extractor": None}
+    )
     return Scores(
         n_images=len(prompts),
         **figures,
-        psnr_db=float(np.mean(per_image.psnr_db)),
-        ssim=float(np.mean(per_image.ssim)),
-        lpips=float(np.mean(per_image.lpips)) if networks else None,
-        protocol={"n_images": len(prompts), **(networks.protocol() if networks else {"extractor": None}), **_choices()},
+        protocol={"n_images": len(prompts), **protocol, **_choices()},
         warning=_warning(len(prompts), len(real_paths), extractors),
-        per_image=per_image,
+        per_image=PerImage(prompts=list(prompts), **{name: each[name] for name in ("psnr_db", "ssim", "lpips")}),
     )
+
+
+def write_scores(scores: Scores, per_image: Path) -> dict[str, Any]:
+    """Write the figures of each image to a file of their own; returns the others, plain JSON."""
+    facts = asdict(scores)
+    write_json(per_image, facts.pop("per_image"))
+    return facts
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder that is there only inside."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_pairs(images: Path, reference: Path, prompts: Sequence[str], batch: int | None) -> Iterator[Part]:
+    """Batches of both folders' images and their prompts, as JudgePairs takes them."""
+    size = batch or _images_per_batch(*read_images(images, 0, 1).shape[-2:])
+    for start in range(0, len(prompts), size):
+        indices = range(start, min(start + size, len(prompts)))
+        ours, theirs = (read_images(folder, indices.start, indices.stop) for folder in (images, reference))
+        if ours.shape != theirs.shape:
+            raise PcrExportError(f"{images} and {reference} hold images of two sizes: make them again at one size")
+        yield Part(indices=indices, args=(ours, theirs, prompts[indices.start : indices.stop]))
+
+
+def _images_per_batch(height: int, width: int) -> int:
+    return max(1, min(IMAGES_PER_BATCH, PIXELS_PER_BATCH // (height * width)))
 
 
 def _find_real_images(folder: Path) -> list[Path]:
@@ -118,25 +155,27 @@ def _find_real_images(folder: Path) -> list[Path]:
     return paths
 
 
-def _read_real_images(paths: Sequence[Path], batch: int) -> Iterator[Tensor]:
-    """All images in the order of their names, as uint8 [up to batch, 3, height, width]: neighbours of one size together."""
+def _read_real_images(paths: Sequence[Path], batch: int | None) -> Iterator[Part]:
+    """All images in the order of their names, as ExtractFeatures takes them: neighbours of one size together."""
     arrays: list[np.ndarray] = []
-    for path in paths:
+    for index, path in enumerate(paths):
         try:
             with Image.open(path) as image:
                 array = np.asarray(image.convert("RGB"))
         except OSError as error:
             raise PcrExportError(f"real image {path} can't be read ({error}): delete or replace it") from error
-        if arrays and (len(arrays) == batch or arrays[0].shape != array.shape):
-            yield _stack(arrays)
+        full = arrays and len(arrays) == (batch or _images_per_batch(*arrays[0].shape[:2]))
+        if arrays and (full or arrays[0].shape != array.shape):
+            yield _real_part(arrays, index)
             arrays = []
         arrays.append(array)
     if arrays:
-        yield _stack(arrays)
+        yield _real_part(arrays, len(paths))
 
 
-def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+def _real_part(arrays: Sequence[np.ndarray], stop: int) -> Part:
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    return Part(indices=range(stop - len(arrays), stop), args=(images,))
 
 
 def _choices() -> dict[str, Any]:

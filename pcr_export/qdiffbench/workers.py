@@ -1,33 +1,29 @@
-"""Images painted by many processes on one machine or several (Ray), the same bytes as one process makes."""
+"""Work on images cut into parts, by many processes on one machine or several (Ray): the same bytes as one process makes."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
+import torch
 
 from pcr_export.errors import PcrExportError
-from pcr_export.progress import Track, silent
-from pcr_export.qdiffbench.images import generate_images, missing_chunks, write_chunk
-from pcr_export.qdiffbench.painters import Paint, Painter
 
-RETRIES_PER_CHUNK = 3  # workers that may die over one chunk
+RETRIES_PER_PART = 3  # workers that may die over one part
 SHOWN_LETTERS = 200  # of Ray's reason for a worker's death
 CONNECT_SECONDS = 5.0
-OBJECT_STORE_BYTES = 2**28  # of a cluster of our own: a few chunks of pixels on their way to the driver
+OBJECT_STORE_BYTES = 2**28  # of a cluster of our own: a few parts' pixels on their way
 _START_RAY = "start one with ray start --head, or leave out --address to use this machine alone"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """The processes that paint. Raises PcrExportError for fewer than one."""
+    """The processes that paint and score. Raises PcrExportError for fewer than one."""
 
     count: int = 1
     threads: int = 1  # of each; the last digits of float sums depend on it
@@ -40,53 +36,60 @@ class Workers:
 
     @property
     def none_needed(self) -> bool:
-        """This process paints alone."""
+        """This process works alone."""
         return self.count == 1 and self.address is None
 
 
 ONE_PROCESS = Workers()
 
 
-def paint_images(
-    painter: Painter,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    folder: Path,
-    *,
-    chunk: int,
-    workers: Workers = ONE_PROCESS,
-    description: str,
-    track: Track = silent,
-) -> None:
-    """Image i of prompt i and seed i, as `generate_images` does it, by `workers`.
+class Task(Protocol):
+    """Says what is computed. It can be pickled: a worker process opens it for itself."""
 
-    Chunks are cut by index and every process computes with the same number of threads: the images depend on neither the number
-    of workers nor on who paints what. A worker that dies is replaced and its chunk painted again. Only this process
-    writes files, so that the machines of a cluster need no common folder; what the painter reads (an exported folder, a model)
-    must lie under the same absolute path on each of them.
+    def open(self, threads: int) -> AbstractContextManager[Callable[..., Any]]:
+        """The function that computes a part, with `threads` threads. Raises PcrExportError where what it needs can't be loaded."""
 
-    Raises PcrExportError where Ray is missing, the cluster can't be reached or is too small, or a chunk outlived all of its
-    workers; images that are finished stay.
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some images of a task, and what its function is called with for them."""
+
+    indices: range
+    args: tuple[Any, ...]
+
+
+def compute_parts(task: Task, parts: Iterable[Part], workers: Workers) -> Iterator[tuple[range, Any]]:
+    """The images and the result of each part as they are finished, in any order.
+
+    Parts are cut by index and every process computes with the same number of threads: results depend neither on the number of workers
+    nor on who computes what. A worker that dies is replaced and its part computed again. The arguments travel with the part, so that
+    the machines of a cluster need no common folder; what the task opens (an exported folder, a model) must lie under the same
+    absolute path on each of them. At most one part per worker is in memory.
+
+    Raises PcrExportError where Ray is missing, the cluster can't be reached or is too small, or a part outlived all of its workers.
     """
     if workers.none_needed:
-        if missing_chunks(folder, len(prompts), chunk):
-            with painter.open(workers.threads) as paint:
-                generate_images(paint, prompts, seeds, folder, chunk=chunk, description=description, track=track)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    chunks = missing_chunks(folder, len(prompts), chunk)
-    with track(description, len(prompts)) as advance:
-        advance(len(prompts) - sum(map(len, chunks)))
-        if not chunks:
-            return
+        with task.open(workers.threads) as compute:
+            for part in parts:
+                yield part.indices, compute(*part.args)
+    else:
         with ray_cluster(workers):
-            for indices, pixels in _paint_chunks(painter, prompts, seeds, chunks, workers):
-                write_chunk(pixels, folder, indices)
-                advance(len(indices))
+            yield from _compute_with_ray(task, parts, workers)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """`count` threads of torch inside, as many as before outside. Float sums differ in the last digit with their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def worker_processes(workers: Workers) -> AbstractContextManager[None]:
-    """Several calls of `paint_images` inside share one start of Ray; nothing is started for a single process."""
+    """Several calls of `compute_parts` inside share one start of Ray; nothing is started for a single process."""
     return nullcontext() if workers.none_needed else ray_cluster(workers)
 
 
@@ -140,55 +143,50 @@ def _check_address(address: str) -> None:
         raise PcrExportError(f"no Ray cluster answers at --address {address} ({error}): {_START_RAY}") from error
 
 
-class _PaintingWorker:
-    """What a worker process runs. It opens its painter with the first chunk, so that what fails there is told as it is."""
+class _Worker:
+    """What a worker process runs. It opens its task with the first part, so that what fails there is told as it is."""
 
-    def __init__(self, painter: Painter, threads: int) -> None:
-        self._painter = painter
+    def __init__(self, task: Task, threads: int) -> None:
+        self._task = task
         self._threads = threads
         self._open = ExitStack()
-        self._paint: Paint | None = None
+        self._compute: Callable[..., Any] | None = None
 
-    def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        """uint8 [len(prompts), height, width, 3]."""
-        if self._paint is None:
-            self._paint = self._open.enter_context(self._painter.open(self._threads))
-        return self._paint(prompts, seeds)
+    def compute(self, *args: Any) -> Any:
+        if self._compute is None:
+            self._compute = self._open.enter_context(self._task.open(self._threads))
+        return self._compute(*args)
 
 
-def _paint_chunks(
-    painter: Painter, prompts: Sequence[str], seeds: Sequence[int], chunks: Sequence[range], workers: Workers
-) -> Iterator[tuple[range, np.ndarray]]:
-    """Chunks and their pixels as they are finished; one chunk at a time for each worker."""
+def _compute_with_ray(task: Task, parts: Iterable[Part], workers: Workers) -> Iterator[tuple[range, Any]]:
     ray = _import_ray()
-    worker_class = ray.remote(_PaintingWorker).options(
+    worker_class = ray.remote(_Worker).options(
         num_cpus=workers.threads,
-        max_restarts=-1,  # as often as it takes: the retries of a chunk are what is counted
-        max_task_retries=RETRIES_PER_CHUNK,
+        max_restarts=-1,  # as often as it takes: the retries of a part are what is counted
+        max_task_retries=RETRIES_PER_PART,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}},
     )
-    processes = [worker_class.remote(painter, workers.threads) for _ in range(min(workers.count, len(chunks)))]
-    waiting = iter(chunks)
+    waiting = iter(parts)
     running: dict[Any, tuple[Any, range]] = {}
 
-    def start_next(worker: Any) -> None:
-        if indices := next(waiting, None):
-            task = worker.paint.remote([prompts[i] for i in indices], [seeds[i] for i in indices])
-            running[task] = (worker, indices)
+    def start_next(worker: Any = None) -> None:
+        if part := next(waiting, None):
+            worker = worker or worker_class.remote(task, workers.threads)
+            running[worker.compute.remote(*part.args)] = (worker, part.indices)
 
-    for worker in processes:
-        start_next(worker)
+    for _ in range(workers.count):
+        start_next()
     while running:
-        (task,), _ = ray.wait(list(running), num_returns=1)
-        worker, indices = running.pop(task)
+        (finished,), _ = ray.wait(list(running), num_returns=1)
+        worker, indices = running.pop(finished)
         start_next(worker)
-        yield indices, _pixels(ray, task, indices)
+        yield indices, _result(ray, finished, indices)
 
 
-def _pixels(ray: Any, task: Any, indices: range) -> np.ndarray:
-    """What a worker painted; its own PcrExportError where it has one to tell."""
+def _result(ray: Any, finished: Any, indices: range) -> Any:
+    """What a worker computed; its own PcrExportError where it has one to tell."""
     try:
-        pixels: np.ndarray = ray.get(task)
+        return ray.get(finished)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PcrExportError):
             raise error.cause from error
@@ -196,11 +194,10 @@ def _pixels(ray: Any, task: Any, indices: range) -> np.ndarray:
     except ray.exceptions.RayError as error:
         reason = str(error).strip().split("\n")[-1][:SHOWN_LETTERS]
         raise PcrExportError(
-            f"images {indices.start} to {indices.stop - 1}: {1 + RETRIES_PER_CHUNK} workers died one after another ({reason}): "
+            f"images {indices.start} to {indices.stop - 1}: {1 + RETRIES_PER_PART} workers died one after another ({reason}): "
             "use fewer --workers if memory is short; the same command goes on from here",
             exit_code=3,
         ) from error
-    return pixels
 
 
 def _import_ray() -> Any:

@@ -1,10 +1,22 @@
+import tempfile
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from pcr_export.qdiffbench.distances import KID_ROWS, FrechetDistance, KernelDistance, clip_scores, psnr_db, ssim
+from pcr_export.qdiffbench.distances import (
+    KID_ROWS,
+    Features,
+    clip_scores,
+    frechet_distance,
+    kernel_distance,
+    psnr_db,
+    ssim,
+)
 
 WIDTH = 24  # of the features
 
@@ -17,19 +29,26 @@ def pairs(count=200, noise=0.3, seed=0, shift=0.0):
     return ours.astype(np.float32), theirs.astype(np.float32)
 
 
-def frechet(ours, theirs, batch=50):
-    distance = FrechetDistance(WIDTH)
-    for start in range(0, len(ours), batch):
-        distance.update(torch.from_numpy(ours[start : start + batch]), real=False)
-    distance.update(torch.from_numpy(theirs), real=True)
-    return distance.compute()
+def kept(folder, features, batch=50):
+    """Features in a file, written from its end to its beginning."""
+    store = Features(folder, *features.shape)
+    for start in reversed(range(0, len(features), batch)):
+        part = features[start : start + batch]
+        store.write(range(start, start + len(part)), part)
+    return store
 
 
-def kernel(ours, theirs, batch=50):
-    distance = KernelDistance()
-    for start in range(0, len(ours), batch):
-        distance.update(*(torch.from_numpy(x[start : start + batch]) for x in (ours, theirs)))
-    return distance.compute()
+def frechet(ours, theirs):
+    return _measured(frechet_distance, ours, theirs)
+
+
+def kernel(ours, theirs):
+    return _measured(kernel_distance, ours, theirs)
+
+
+def _measured(distance, ours, theirs):
+    with tempfile.TemporaryDirectory() as folder:
+        return distance(*(kept(Path(folder) / name, x) for name, x in (("ours", ours), ("theirs", theirs))))
 
 
 @pytest.mark.parametrize(("noise", "shift"), [(0.3, 0.0), (0.01, 0.0), (1.0, 0.5)])
@@ -105,10 +124,26 @@ def test_rows_of_the_kernel_matrix_are_all_summed():
     assert kernel(ours, theirs) == pytest.approx(total / (len(x) * (len(x) - 1)), rel=1e-6)
 
 
-def test_batches_do_not_matter():
-    ours, theirs = pairs()
-    assert frechet(ours, theirs, 7) == pytest.approx(frechet(ours, theirs, 200), rel=1e-9)
-    assert kernel(ours, theirs, 7) == kernel(ours, theirs, 200)
+def test_features_in_a_file_are_read_back_in_order(tmp_path):
+    ours, _ = pairs()
+    store = kept(tmp_path / "folder" / "ours", ours, batch=7)
+    parts = list(store.split(64))
+    assert [len(part) for part in parts] == [64, 64, 64, 8]
+    np.testing.assert_array_equal(torch.cat(parts).numpy(), ours.astype(np.float64))
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_memory_does_not_grow_with_the_number_of_features(distance, tmp_path):
+    """The most that numpy allocates; torch's matrices have KID_ROWS rows and columns at most."""
+    peaks = []
+    for count in (3 * KID_ROWS, 6 * KID_ROWS):
+        rows = np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32)
+        stores = [kept(tmp_path / name, rows + shift, batch=500) for name, shift in (("a", 0), ("b", 0.1))]
+        tracemalloc.start()
+        distance(*stores)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def random_images(seed, noise=None):

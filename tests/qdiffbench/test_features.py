@@ -148,7 +148,7 @@ class Squared(nn.Module):
 def test_real_nets_take_each_figure_from_its_network(whole_clip):
     folder, _model = whole_clip
     clip = Clip(folder, folder, folder, "random")
-    nets = RealNets(Mean(), "ab" * 32, clip, Squared())
+    nets = RealNets(Mean(), "ab" * 32, clip, Squared(), load=None)
     white, black = (torch.full((2, 3, 32, 32), value, dtype=torch.uint8) for value in (255, 0))
     ours, theirs = nets.outputs(white), nets.outputs(black)
     assert nets.lpips(ours, theirs).tolist() == [1, 1]

@@ -1,18 +1,23 @@
 import importlib.util
 import json
+import os
+import signal
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qdiffbench.process_tree import descendants
 from scipy.linalg import sqrtm
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import REFERENCE_MODEL
 from pcr_export.qdiffbench.features import find_extractors
 from pcr_export.qdiffbench.images import image_path, read_images, write_png
-from pcr_export.qdiffbench.scores import measure_scores
+from pcr_export.qdiffbench.scores import _images_per_batch, measure_scores
+from pcr_export.qdiffbench.workers import Workers
 
 PROMPTS = [f"a large {colour} circle, plain white background" for colour in ("red", "blue", "green", "yellow")] * 3
 
@@ -100,6 +105,34 @@ def test_batches_do_not_matter(folders, extractors, scores):
             assert getattr(parts, name) == pytest.approx(value, rel=1e-4), name  # float32 sums in another order
     assert parts.protocol == whole.protocol
     assert scores.per_image.lpips == pytest.approx(whole.per_image.lpips, rel=1e-4)
+
+
+def test_two_workers_give_the_figures_of_one_though_one_is_killed(folders, extractors):
+    whole = measure_scores(*folders, PROMPTS, extractors, real=folders[1], batch=2)
+    killed = []
+
+    @contextmanager
+    def track(_description, _total):
+        """Kills a worker when the first batch is done."""
+
+        def advance(_count):
+            if not killed:
+                worker = next(pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::_Worker"))
+                os.kill(worker, signal.SIGKILL)
+                killed.append(worker)
+
+        yield advance
+
+    parts = measure_scores(
+        *folders, PROMPTS, extractors, real=folders[1], batch=2, workers=Workers(count=2), track=track
+    )
+    assert killed
+    assert asdict(parts) == asdict(whole)
+    assert sorted(path.suffix for path in folders[0].iterdir()) == [".png"] * len(PROMPTS)
+
+
+def test_images_of_a_megapixel_are_scored_a_few_at_a_time():
+    assert [_images_per_batch(side, side) for side in (64, 512, 1024, 4096)] == [64, 16, 4, 1]
 
 
 def test_no_more_than_a_batch_is_read_at_a_time(folders, extractors):

@@ -16,8 +16,8 @@ from qdiffbench.process_tree import descendants
 
 from pcr_export.errors import PcrExportError
 from pcr_export.prompts import prompt_seeds
-from pcr_export.qdiffbench.painters import FloatPainter, FolderPainter, Painter, settings_of
-from pcr_export.qdiffbench.workers import Workers, paint_images, ray_cluster
+from pcr_export.qdiffbench.painters import FloatPainter, FolderPainter, Painter, paint_images, settings_of
+from pcr_export.qdiffbench.workers import Workers, ray_cluster
 from pcr_export.recipe import read_recipe
 
 PROMPTS = ["a red cat", "a dog", "re", "a red cat", "nothing", "the moon", "a boat", "x", "a house"]
@@ -79,7 +79,7 @@ def kill_one_worker(out: Path, killed: list[int]) -> None:
     """Wait until two images are there, then SIGKILL a process that paints."""
     while len(list(out.glob("*.png"))) < 2:
         time.sleep(0.02)
-    worker = next(pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::_Painting"))
+    worker = next(pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::_Worker"))
     os.kill(worker, signal.SIGKILL)
     killed.append(worker)
 
@@ -93,7 +93,7 @@ def test_two_workers_paint_the_bytes_of_one_though_one_is_killed(exported, tmp_p
     assert paint(Slowly(FolderPainter(folder=exported), 0.3), tmp_path / "two", workers=Workers(count=2)) == whole
     killer.join(5)
     assert killed
-    assert not any(name.startswith("ray::_Painting") for name in descendants(os.getpid()).values())
+    assert not any(name.startswith("ray::_Worker") for name in descendants(os.getpid()).values())
 
 
 def test_one_worker_goes_on_where_two_were_stopped(exported, tmp_path):
