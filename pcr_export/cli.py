@@ -104,7 +104,7 @@ def export(
     smooth_quant: SmoothQuant = Recipe.smooth_quant,
     split_shortcut: SplitShortcut = Recipe.split_shortcut,
     relax: Annotated[str | None, typer.Option(help="none, last:20%, 0:4,17, auto:8.4 [default: the model's]")] = None,
-    relax_bits: Annotated[int, typer.Option(help="activation bits of relaxed steps, 9 to 15")] = Recipe.relax_bits,
+    relax_bits: Annotated[int, typer.Option(help="activation bits of relaxed steps, 9 to 16")] = Recipe.relax_bits,
     weights: Weights = Recipe.weights,
     keep: Keep = Recipe.keep,
     weight_samples: WeightSamples = Recipe.weight_samples,

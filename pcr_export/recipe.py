@@ -70,10 +70,10 @@ class Recipe:
         ):
             if value not in known:
                 raise PcrExportError(f"{flag} {value} is unknown: choose one of {', '.join(known)}")
-        if not (4 <= self.weight_bits <= 8 and 8 <= self.activation_bits <= 15):
+        if not (4 <= self.weight_bits <= 8 and 8 <= self.activation_bits <= 16):
             bits = f"w{self.weight_bits}a{self.activation_bits}"
             raise PcrExportError(
-                f"--bits {bits} is not supported: use w8a8, w4 to w8 for weights, a8 to a15 for activations"
+                f"--bits {bits} is not supported: use w8a8, w4 to w8 for weights, a8 to a16 for activations"
             )
         if self.activation_bits > 8 and self.relax != "none":
             raise PcrExportError(
@@ -82,8 +82,8 @@ class Recipe:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise PcrExportError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 9 <= self.relax_bits <= 15:
-            raise PcrExportError(f"--relax-bits must lie in 9..15, got {self.relax_bits}")
+        if not 9 <= self.relax_bits <= 16:
+            raise PcrExportError(f"--relax-bits must lie in 9..16, got {self.relax_bits}")
         if not 50 < self.percentile <= 100:
             raise PcrExportError(f"--percentile must lie in (50, 100], got {self.percentile}")
         if searched_mean_bits(self.relax, self.relax_bits) is None:

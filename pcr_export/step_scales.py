@@ -33,7 +33,7 @@ class StepScales:
 
     scale: np.ndarray  # float32 [num_steps, num_sites], unit: activation per integer step; step 0 = noisiest
     zero_point: np.ndarray  # uint8 [num_steps, num_sites]; 128 where the site is symmetric
-    bits: np.ndarray  # uint8 [num_steps]; 8, or 9..15 on relaxed steps
+    bits: np.ndarray  # uint8 [num_steps]; 8, or 9..16 on relaxed steps
     timesteps: np.ndarray  # float32 [num_steps], strictly descending
     sites: tuple[str, ...]  # module path of the first layer that reads the tensor
     layers: Mapping[str, str]  # module path of every quantized layer -> its site
@@ -52,8 +52,8 @@ class StepScales:
             raise ValueError("every scale must be finite and positive")
         if not (np.diff(self.timesteps) < 0).all():
             raise ValueError("timesteps must be strictly descending (step 0 = noisiest)")
-        if not ((self.bits >= 8) & (self.bits <= 15)).all():
-            raise ValueError("bits must lie in 8..15")
+        if not ((self.bits >= 8) & (self.bits <= 16)).all():
+            raise ValueError("bits must lie in 8..16")
         unknown = set(self.layers.values()) - set(self.sites)
         if unknown:
             raise ValueError(f"layers name sites that do not exist: {sorted(unknown)}")

@@ -51,10 +51,10 @@ def test_every_setting_changes_the_hash():
     [
         ({"ranges": "max"}, "--ranges max is unknown: choose one of mse"),
         ({"weight_bits": 3}, "use w8a8"),
-        ({"activation_bits": 16}, "--bits w8a16 is not supported: use w8a8"),
+        ({"activation_bits": 17}, "--bits w8a17 is not supported: use w8a8"),
         ({"activation_bits": 10, "relax": "last:2"}, "--relax last:2 needs 8-bit activations: with a10 write"),
         ({"calib_size": 0}, "--calib-size must be at least 1"),
-        ({"relax_bits": 16}, "9..15"),
+        ({"relax_bits": 17}, "9..16"),
         ({"percentile": 10.0}, "--percentile"),
         ({"relax": "middle"}, "write none, first:20%"),
         ({"weights": "adaquant"}, "--weights adaquant is unknown: choose one of rtn, gptq, adaround"),

@@ -15,7 +15,7 @@ from pcr_export.graph.to_onnx import export_float_onnx
 from pcr_export.step_scales import StepScales
 
 TIMESTEPS = (900.0, 500.0, 100.0)
-BITS = (10, 8, 11)
+BITS = (10, 8, 14)
 FLOAT = "dilated"  # find_layers leaves it float
 POOLED = "pooled"  # reads a mean, which torch and onnxruntime round differently: no oracle for its integers
 INTEGER = [name for name, _ in LayerZoo().named_children() if name not in (FLOAT, POOLED)]

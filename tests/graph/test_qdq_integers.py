@@ -97,7 +97,7 @@ def test_weights_are_the_simulation_s(zoo: Zoo) -> None:
         np.testing.assert_array_equal(stored, q if q.ndim == 4 else q.T)
 
 
-@pytest.mark.parametrize("bits", [8, 9, 10, 15])
+@pytest.mark.parametrize("bits", [8, 9, 10, 16])
 def test_no_sum_leaves_float16(bits: int) -> None:
     """The worst case: every weight 127, every activation at its end, the low digit too."""
     scales = StepScales(

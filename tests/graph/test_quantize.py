@@ -100,6 +100,20 @@ def test_relaxing_brings_the_artifact_nearer_to_float(sdxl: Case) -> None:
     assert distance[RELAXED] > distance[None] + 3
 
 
+def test_16_bits_leave_only_the_error_of_the_weights(sdxl: Case) -> None:
+    """Two digits at every step: the artifact is the float network with rounded weights, which 8 bits are far from."""
+    inputs = sdxl.inputs() | {"timestep": torch.tensor(TIMESTEPS[0])}
+    distance = {}
+    for bits in (8, 16):
+        scales, layers = sdxl.calibrate((bits,) * len(TIMESTEPS))
+        quantize_onnx(sdxl.float_path, scales, layers, sdxl.folder / "model.onnx")
+        with Simulation(sdxl.denoiser, layers, NEAREST_8) as simulation:
+            only_weights = simulation.run(inputs).numpy()
+        with OnnxRuntimeEngine(sdxl.folder / "model.onnx", threads=1) as engine:
+            distance[bits] = sqnr_db(only_weights, engine.run(feed(inputs)))
+    assert distance[16] > 60 > 50 > distance[8]
+
+
 class Perceptron(nn.Module):
     """No picture, no use of the timestep, and a quantized layer that makes the output itself."""
 
