@@ -3,11 +3,14 @@
     python benchmarks/weight_rounding.py --json FILE
 
 The inputs are recorded as the export records them. A quarter of them is held out; the error is the squared error of the block's
-output on those, relative to its energy, with all weights of the block rounded.
+output on those, relative to its energy, with all weights of the block rounded. Blocks of Linears alone are given to ModelOpt's methods
+too, with one scale per output channel as the others; its SVDQuant keeps 32 ranks of every weight in float beside it.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import modelopt.torch.quantization as mtq
 import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.progressive import calibrate
@@ -42,6 +47,13 @@ BLOCKS = (
 )
 PUBLISHED = AdaRoundSettings(iterations=2000, learning_rate=1e-3, weight_of_regularizer=0.01)
 HELD_OUT = 0.25
+MODELOPT = {
+    "ModelOpt, MSE": "mse",
+    "ModelOpt, AWQ": "awq_lite",
+    "ModelOpt, GPTQ": "gptq",
+    "ModelOpt, SVDQuant": "svdquant",
+}
+SAMPLES_PER_CALL = 32
 
 
 def record(folder: Path, prompts: int, samples: int, seed: int) -> dict[str, Block]:
@@ -79,25 +91,50 @@ def split(call: BlockCall, seed: int) -> tuple[BlockCall, BlockCall]:
     return call.rows(order[:count]), call.rows(order[count:])
 
 
-def methods(block: Block, bits: int, seed: int) -> dict[str, Callable[[], Rounded]]:
-    """Name -> the rounding of every layer of a block."""
+def methods(block: Block, bits: int, seed: int) -> dict[str, Callable[[], Block]]:
+    """Name -> the block with every layer rounded."""
     each = {layer.name: bits for layer in block.layers}
-    return {
+    ours: dict[str, Callable[[], Rounded]] = {
         "to nearest": lambda: {layer: quantize_weight(block.weight(layer), bits) for layer in each},
         "AdaRound as published (2 000 iterations)": lambda: block.adaround(each, PUBLISHED, seed=seed, from_gptq=False),
         "GPTQ": lambda: block.gptq(each),
         "AdaRound from GPTQ (500 iterations)": lambda: block.adaround(each, AdaRoundSettings(), seed=seed),
     }
+    found = {name: functools.partial(with_weights, block, make) for name, make in ours.items()}
+    if any(isinstance(module, nn.Conv2d) for module in block.module.modules()):
+        return found
+    return found | {name: functools.partial(by_modelopt, block, bits, method) for name, method in MODELOPT.items()}
 
 
-def held_out_error(block: Block, rounded: Rounded) -> float:
-    """Relative squared error of the block's output."""
-    exact = block.outputs({})
-    weights = {
-        layer: torch.from_numpy(q * np.reshape(scale, (-1, *[1] * (q.ndim - 1))))
-        for layer, (q, scale) in rounded.items()
-    }
-    return ((block.outputs(weights) - exact).square().sum() / exact.square().sum()).item()
+def with_weights(block: Block, make: Callable[[], Rounded]) -> Block:
+    """The block with these weights in its module."""
+    module = copy.deepcopy(block.module)
+    for layer, (q, scale) in make().items():
+        path = layer.removeprefix(f"{block.name}.")
+        weight = q * np.reshape(scale, (-1, *[1] * (q.ndim - 1)))
+        module.get_submodule(path).get_parameter("weight").data = torch.from_numpy(weight)
+    return replace(block, module=module)
+
+
+def by_modelopt(block: Block, bits: int, method: str) -> Block:
+    """The block with its module quantized by one of ModelOpt's algorithms: weights only, one scale per output channel."""
+
+    @torch.no_grad()
+    def run(module: nn.Module) -> None:
+        for start in range(0, block.call.num_samples, SAMPLES_PER_CALL):
+            call = block.call.rows(slice(start, start + SAMPLES_PER_CALL))
+            module(*call.args, **call.kwargs)
+
+    quantizers = {"*weight_quantizer": {"num_bits": bits, "axis": 0}, "*input_quantizer": {"enable": False}}
+    config = {"quant_cfg": quantizers, "algorithm": {"method": method}}
+    return replace(block, module=mtq.quantize(copy.deepcopy(block.module), config, run))
+
+
+def held_out_error(float_block: Block, rounded: Block) -> float:
+    """Relative squared error of the block's output on the samples of `float_block`."""
+    exact = float_block.outputs({})
+    outputs: Tensor = replace(float_block, module=rounded.module).outputs({})
+    return ((outputs - exact).square().sum() / exact.square().sum()).item()
 
 
 def main(
@@ -127,9 +164,9 @@ def main(
 def show(rows: list[dict[str, Any]]) -> None:
     """A line per method, a column per block."""
     table = Table("method", *BLOCKS)
+    cells = {(row["method"], row["block"]): f"{row['error']:.2e} ({row['seconds']} s)" for row in rows}
     for method in dict.fromkeys(row["method"] for row in rows):
-        errors = [f"{row['error']:.2e} ({row['seconds']} s)" for row in rows if row["method"] == method]
-        table.add_row(method, *errors)
+        table.add_row(method, *(cells.get((method, block), "") for block in BLOCKS))
     Console().print(table)
 
 
