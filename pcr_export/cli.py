@@ -110,7 +110,12 @@ def export(
     weight_samples: WeightSamples = Recipe.weight_samples,
     weight_rounds: WeightRounds = Recipe.weight_rounds,
     adaround_iterations: Iterations = Recipe.adaround_iterations,
-    skip: Annotated[list[str] | None, typer.Option(help="one more module path pattern that stays float")] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="one more module path pattern that stays float; auto:4 for the four layers that need it most"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = Recipe.seed,
     resume: Annotated[bool, typer.Option(help="go on from what an earlier run of this command finished")] = True,
     validate: Annotated[bool, typer.Option(help="compare the artifact with its simulation and with FP32")] = True,

@@ -18,6 +18,7 @@ from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.learn_weights import WeightLearning, learns_weights, weights_folder
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
 from pcr_export.calibrate.rewrite_network import rewrite_network, rewrites_network
+from pcr_export.calibrate.sensitive_layers import SensitivitySearch
 from pcr_export.calibrate.state import CalibrationState
 from pcr_export.calibrate.weights.rounding import NearestRounding, RoundWeight
 from pcr_export.engine_settings import EngineSettings, Range
@@ -31,6 +32,7 @@ from pcr_export.graph.quantize import quantize_onnx
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.models.denoiser import Inputs
 from pcr_export.qdiffbench.relax_search import RelaxSearch
+from pcr_export.recipe import searched_skips
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENSITIVITY_PROMPTS = 32
+SKIP_PROMPTS = 8
+SKIP_SAMPLES = 64  # UNet inputs over all steps: each block runs once for each of them and of its layers
 EXAMPLE_CONDITIONS = 2  # of the call that the network is traced with: a batch that may vary is larger than 1
 
 
@@ -66,6 +70,7 @@ def quantize_denoiser(job: Job) -> Exported:
     scales_path, graph_path = folder / "step_scales.safetensors", folder / "unet" / "model.onnx"
     write_text(folder / "recipe.json", job.recipe.to_json())
     float_graph = job.float_graph or functools.cache(functools.partial(_trace, job, example))
+    job, sensitivities = search_skipped_layers(job, example)
     job, choice = search_relaxed_steps(replace(job, float_graph=float_graph))
     calibration_key = _calibration_key(job)
     if rewrites_network(job.recipe):
@@ -105,6 +110,7 @@ def quantize_denoiser(job: Job) -> Exported:
         weights=weights,
         calibration=calibration,
         relaxed=relaxed,
+        sensitivities=sensitivities,
         graph=graph,
         engines=engines,
         float_graph=float_graph,
@@ -146,6 +152,32 @@ def _calibration_key(job: Job) -> Key:
 def _relaxed_facts(scales: StepScales, choice: Facts) -> Facts:
     steps = [step for step, bits in enumerate(scales.bits) if bits > 8]
     return {"steps": steps, "mean_activation_bits": float(scales.bits.mean()), **choice}
+
+
+def search_skipped_layers(job: Job, example: Inputs) -> tuple[Job, dict[str, float]]:
+    """The job with the layers that were found in the place of "auto:N", and what they were chosen by; no facts for other jobs."""
+    count = searched_skips(job.recipe.skip)
+    if not count:
+        return job, {}
+    patterns = tuple(pattern for pattern in job.recipe.skip if not pattern.startswith("auto:"))
+    conditions, seeds = job.measured_batch(SKIP_PROMPTS)
+    recipe = replace(job.recipe, skip=patterns, relax="none")
+    errors = SensitivitySearch(
+        denoiser=job.denoiser,
+        layers=find_layers(job.denoiser, example, patterns),
+        round_weight=NearestRounding(recipe.weight_bits),
+        conditions=conditions,
+        seeds=seeds,
+        samples=SKIP_SAMPLES,
+        seed=recipe.seed,
+        folder=job.folder / ".stages" / "skip",
+        key=_calibration_key(replace(job, recipe=recipe)),
+        resume=job.resume,
+        track=job.track,
+        log=job.log,
+    ).run()
+    worst = sorted(errors, key=lambda layer: (-errors[layer], layer))[:count]
+    return replace(job, recipe=replace(job.recipe, skip=(*patterns, *worst))), errors
 
 
 def search_relaxed_steps(job: Job) -> tuple[Job, Facts]:
@@ -273,6 +305,7 @@ def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
         exported.layers,
         calibration=exported.calibration,
         relaxed=exported.relaxed,
+        sensitivities=exported.sensitivities,
         weights=exported.weights,
         graph=exported.graph,
         engines=[*validation.get("engines", []), *exported.engines],

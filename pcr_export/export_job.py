@@ -62,6 +62,7 @@ class Exported:
     weights: Facts  # {"layers", "seconds"} of learning their rounding
     calibration: Facts
     relaxed: Facts  # which steps, and where they were searched the errors of that choice
+    sensitivities: dict[str, float]  # by layer, where layers that stay float were searched
     graph: Facts
     engines: list[Facts]  # of TensorRT
     float_graph: Callable[[], ir.Model]  # traced where it is first needed

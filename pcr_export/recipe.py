@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ class Recipe:
     weight_samples: int = 1024  # UNet inputs, over all steps, that rounding is learned from
     weight_rounds: int = 1  # of learning, each on latents that the weights of the round before made
     adaround_iterations: int = 500  # of each block
-    skip: tuple[str, ...] = SKIPPED_BY_DEFAULT  # module path patterns (fnmatch) that stay float
+    skip: tuple[str, ...] = (
+        SKIPPED_BY_DEFAULT  # module path patterns (fnmatch) that stay float; "auto:4": four more, searched
+    )
     calib_size: int = 64  # prompts
     calib_batch: int = 64  # prompts per UNet call; calib_size <= calib_batch means one pass
     seed: int = 0
@@ -89,6 +92,7 @@ class Recipe:
         if searched_mean_bits(self.relax, self.relax_bits) is None:
             parse_relaxed_steps(self.relax, self.num_inference_steps)
         self._check_baseline()
+        searched_skips(self.skip)
         if parse_keep(self.keep) != (0, None) and self.weight_bits == 8:
             raise PcrExportError(f"--keep {self.keep} needs fewer than 8 bits of weights, such as --bits w4a8")
 
@@ -166,6 +170,18 @@ def parse_keep(text: str) -> tuple[int, float | None]:
     if not match:
         raise PcrExportError(f"--keep {text} is not understood: write a number of layers, or mean bits such as 4.5bit")
     return int(match[1] or 0), float(match[2]) if match[2] else None
+
+
+def searched_skips(skip: Sequence[str]) -> int:
+    """N of the pattern "auto:N", 0 without one. Raises PcrExportError where N is no number above 0."""
+    count = 0
+    for pattern in skip:
+        if pattern.startswith("auto:"):
+            digits = pattern.removeprefix("auto:")
+            if not digits.isdecimal() or int(digits) < 1:
+                raise PcrExportError(f"--skip {pattern} is not understood: write a number of layers, such as auto:4")
+            count += int(digits)
+    return count
 
 
 def parse_bits(text: str) -> tuple[int, int]:

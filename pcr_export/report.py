@@ -41,12 +41,17 @@ def environment() -> dict[str, str]:
 
 
 def site_rows(
-    layers: Sequence[Layer], recipe: Recipe, weights: Mapping[str, Facts], sqnr_db: Mapping[str, float]
+    layers: Sequence[Layer],
+    recipe: Recipe,
+    weights: Mapping[str, Facts],
+    sensitivities: Mapping[str, float],
+    sqnr_db: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """One row per layer.
 
     Args:
-        weights: {bits, error, rtn_error} by layer, where their rounding was learned.
+        weights: {bits, error, rtn_error, sensitivity} by layer, where their rounding was learned.
+        sensitivities: by layer, where layers that stay float were searched: `SensitivitySearch.run`.
         sqnr_db: by site, its activations against their quantized values.
     """
     return [
@@ -60,6 +65,8 @@ def site_rows(
             "sqnr_db": finite(sqnr_db.get(layer.site or "")),
             "weight_error": weights.get(layer.name, {}).get("error"),
             "weight_rtn_error": weights.get(layer.name, {}).get("rtn_error"),
+            "weight_sensitivity": weights.get(layer.name, {}).get("sensitivity"),
+            "sensitivity": sensitivities.get(layer.name),
         }
         for layer in layers
     ]
@@ -75,6 +82,7 @@ def make_report(
     *,
     calibration: Facts,
     relaxed: Facts,
+    sensitivities: Mapping[str, float],
     weights: Facts,
     graph: Facts,
     engines: Sequence[Facts],
@@ -91,7 +99,7 @@ def make_report(
         "calibration": dict(calibration),
         "relaxed": dict(relaxed),
         "weights": {"seconds": weights["seconds"]},
-        "sites": site_rows(layers, recipe, weights["layers"], site_sqnr),
+        "sites": site_rows(layers, recipe, weights["layers"], sensitivities, site_sqnr),
         "graph": dict(graph),
         "engines": list(engines),
         "fidelity": fidelity or None,

@@ -17,6 +17,7 @@ from pcr_export.progress import silent
 from pcr_export.qdiffbench.sensitivity import choose_steps
 from pcr_export.relaxed_steps import format_steps
 from pcr_export.report import summary_rows
+from pcr_export.step_scales import read_step_scales
 
 LABELS = [0, 1, 2, 3, 4, 0]
 FILES = ("step_scales.safetensors", "recipe.json", "unet/model.onnx", "unet/model.onnx_data")
@@ -124,6 +125,19 @@ def export_unchecked(folder: Path, relax: str, denoiser=None, track=silent):
 def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search") / "toy-w8a8"
     return folder, export_unchecked(folder, "auto:8.8")
+
+
+def test_the_layers_that_8_bits_hurt_most_stay_float(tmp_path, exported):
+    report = export_denoiser(dataclasses.replace(job(tmp_path, skip=("conv_in", "auto:2")), validate=True))
+    rows = {row["name"]: row for row in report["sites"]}
+    errors = {name: row["sensitivity"] for name, row in rows.items() if row["sensitivity"] is not None}
+    worst = sorted(errors, key=errors.get)[-2:]
+    floats = [name for name, row in rows.items() if not row["quantized"]]
+    assert set(floats) == {"conv_in", *worst}
+    assert rows[worst[0]]["reason"] == f"skipped by name ({worst[0]})"
+    assert set(read_step_scales(tmp_path / "step_scales.safetensors").layers) == set(rows) - set(floats)
+    assert report["recipe"]["skip"] == ["conv_in", "auto:2"]
+    assert (report["fidelity"]["artifact_vs_simulation_sqnr_db"] or 100) > 20  # None where the two are equal
 
 
 def test_the_search_relaxes_the_choice_of_steps_with_the_least_error(searched):

@@ -55,6 +55,8 @@ def test_every_setting_changes_the_hash():
         ({"activation_bits": 10, "relax": "last:2"}, "--relax last:2 needs 8-bit activations: with a10 write"),
         ({"calib_size": 0}, "--calib-size must be at least 1"),
         ({"relax_bits": 17}, "9..16"),
+        ({"skip": ("auto:0",)}, "--skip auto:0 is not understood: write a number of layers, such as auto:4"),
+        ({"skip": ("auto:some",)}, "--skip auto:some is not understood"),
         ({"percentile": 10.0}, "--percentile"),
         ({"relax": "middle"}, "write none, first:20%"),
         ({"weights": "adaquant"}, "--weights adaquant is unknown: choose one of rtn, gptq, adaround"),

@@ -70,7 +70,8 @@ class WeightLearning:
     def run(self) -> tuple[RoundWeight, Facts]:
         """The learned rounding, and {"seconds", "layers"}.
 
-        "layers" has {bits, error, rtn_error} of each: an error is the squared error of its output relative to its energy.
+        "layers" has {bits, error, rtn_error} of each, an error being the squared error of its output relative to its energy, and
+        with --keep its sensitivity: that error of its block's output with the layer alone rounded to nearest.
         """
         rounding: RoundWeight = NEAREST_8
         facts: Facts = {}
@@ -101,7 +102,8 @@ class _Round:
 
     def run(self) -> Facts:
         learning, recipe = self._learning, self._learning.recipe
-        kept = self._keep()
+        sensitivities = self._sensitivities() if recipe.keep != "none" else {}
+        kept = choose_kept(sensitivities, recipe.keep, recipe.weight_bits) if sensitivities else {}
         steps = recipe.adaround_iterations if recipe.weights == "adaround" else 1
         layer_facts: Facts = {}
         seconds = 0.0
@@ -112,7 +114,8 @@ class _Round:
                 bits = {layer: kept.get(layer, recipe.weight_bits) for layer in layers}
                 learn = functools.partial(self._learn, name, bits, path, index, counted)
                 facts = self._stages.run(f"block_{index:05d}", self._key(bits), [path], learn)
-                layer_facts |= facts["layers"]
+                for layer, each in facts["layers"].items():
+                    layer_facts[layer] = {**each, "sensitivity": sensitivities.get(layer, {}).get("error")}
                 seconds += facts["seconds"]
                 counted.finish(steps)
         shutil.rmtree(self._inputs, ignore_errors=True)
@@ -151,18 +154,16 @@ class _Round:
         layers = [layer for layer in learning.layers if layer.name in learning.blocks[name]]
         return Block(name, learning.denoiser.network.get_submodule(name), layers, read_block_call(self._inputs, name))
 
-    def _keep(self) -> dict[str, int]:
-        """Layers that keep more bits -> those bits."""
-        learning, recipe = self._learning, self._learning.recipe
-        if recipe.keep == "none":
-            return {}
+    def _sensitivities(self) -> Facts:
+        """Layer -> {error, weights}, as `choose_kept` takes them."""
+        learning = self._learning
         facts: Facts = {}
         with learning.track("sensitivity of each layer", len(learning.blocks)) as advance:
             for index, name in enumerate(learning.blocks):
                 measure = functools.partial(self._measure, name)
                 facts |= self._stages.run(f"sensitivity_{index:05d}", learning.key, [], measure)
                 advance(1)
-        return choose_kept(facts, recipe.keep, recipe.weight_bits)
+        return facts
 
     def _measure(self, name: str) -> Facts:
         return self._open(name).sensitivities(self._learning.recipe.weight_bits)

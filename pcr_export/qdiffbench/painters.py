@@ -147,7 +147,10 @@ class SimulationPainter:
                     "score the artifact"
                 )
             scales = read_step_scales(self.folder / "step_scales.safetensors")
-            layers = find_layers(denoiser, next(denoiser.walk(["", ""], [0, 1])), recipe.skip)
+            example = next(denoiser.walk(["", ""], [0, 1]))
+            quantized = [layer.name for layer in find_layers(denoiser, example, recipe.skip) if layer.site]
+            searched = [name for name in quantized if name not in scales.layers]  # those of --skip auto:N
+            layers = find_layers(denoiser, example, (*recipe.skip, *searched))
             with Simulation(denoiser, layers, rounding_of(recipe, self.folder)) as simulation:
                 yield paint_with(denoiser, simulated_call(simulation, scales, denoiser.timestep))
 

@@ -182,6 +182,9 @@ def test_kept_layers_have_8_bits_and_a_second_round_follows_the_first(tmp_path: 
     for path in (weights_folder(tmp_path) / "round_0").glob("sensitivity_*.json"):
         sensitivities |= json.loads(path.read_text())["facts"]
     assert set(sensitivities) == set(facts)
+    assert min(facts[layer]["sensitivity"] for layer in kept) >= max(
+        each["sensitivity"] for layer, each in facts.items() if layer not in kept
+    )
 
 
 def test_kept_layers_alone_are_rounded_to_nearest(tmp_path: Path) -> None:

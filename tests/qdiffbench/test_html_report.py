@@ -82,6 +82,7 @@ def write_export(folder):
         layers,
         calibration={"prompts": 8, "steps": STEPS, "unet_batches": STEPS, "seconds": 1.0, "peak_memory_bytes": 2**30},
         relaxed={"steps": [8, 9], "mean_activation_bits": 8.4},
+        sensitivities={},
         weights={"layers": {}, "seconds": 0.0},
         graph={"onnx_bytes": 2**20, "float_bytes": 2**22},
         engines=[],

@@ -38,7 +38,7 @@ class Block:
 
     def weight(self, layer: str) -> np.ndarray:
         """float32 [out_channels, ...]."""
-        weight = self.module.get_submodule(self._path[layer]).get_parameter("weight")
+        weight = self.layer_module(layer).get_parameter("weight")
         array: np.ndarray = weight.detach().float().numpy()
         return array
 
@@ -75,7 +75,7 @@ class Block:
         targets = self.outputs({})
 
         def loss(weights: Mapping[str, Tensor], indices: Tensor) -> Tensor:
-            errors = (self._run(weights, self.call.rows(indices)) - targets[indices]).square()
+            errors = (self.run(weights, self.call.rows(indices)) - targets[indices]).square()
             channels = errors.shape[1] if errors.ndim == 4 else errors.shape[-1]
             return errors.mean() * channels
 
@@ -94,8 +94,7 @@ class Block:
         found = {}
         for layer in self._path:
             weight = self.weight(layer)
-            q, scale = quantize_weight(weight, bits)
-            rounded = torch.from_numpy(q * _column(scale, weight))
+            rounded = self.dequantized(layer, *quantize_weight(weight, bits))
             error = (self.outputs({layer: rounded}) - exact).double().square().sum().item() / energy
             found[layer] = {"error": error, "weights": weight.size}
         return found
@@ -104,9 +103,18 @@ class Block:
     def outputs(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The block's output for all samples, with these weights in the place of the layers' own; float32 [samples, ...]."""
         parts = range(0, self.call.num_samples, SAMPLES_PER_CALL)
-        return torch.cat([self._run(weights, self.call.rows(slice(i, i + SAMPLES_PER_CALL))) for i in parts])
+        return torch.cat([self.run(weights, self.call.rows(slice(i, i + SAMPLES_PER_CALL))) for i in parts])
 
-    def _run(self, weights: Mapping[str, Tensor], call: BlockCall) -> Tensor:
+    def layer_module(self, layer: str) -> nn.Module:
+        """The Linear or Conv2d of a layer."""
+        return self.module.get_submodule(self._path[layer])
+
+    def dequantized(self, layer: str, q: np.ndarray, scale: np.ndarray) -> Tensor:
+        """The float32 weight that a layer's integers and scales stand for."""
+        return torch.from_numpy(q * _column(scale, self.weight(layer)))
+
+    def run(self, weights: Mapping[str, Tensor], call: BlockCall) -> Tensor:
+        """The output for one call, with these weights in the place of the layers' own."""
         named = {".".join(filter(None, (self._path[layer], "weight"))): weight for layer, weight in weights.items()}
         output: Tensor = functional_call(self.module, named, tuple(call.args), dict(call.kwargs))
         return output
@@ -135,11 +143,11 @@ class Block:
                 hooks.enter_context(module.register_forward_pre_hook(partial(count, layer)))
             for start in range(0, self.call.num_samples, SAMPLES_PER_CALL):
                 counted.clear()
-                self._run({}, self.call.rows(slice(start, start + SAMPLES_PER_CALL)))
+                self.run({}, self.call.rows(slice(start, start + SAMPLES_PER_CALL)))
         return {layer: sums[self._hessian_key(layer)] for layer in self._path}
 
     def _hessian_key(self, layer: str) -> tuple[object, ...]:
-        module = self.module.get_submodule(self._path[layer])
+        module = self.layer_module(layer)
         site = next(each.site for each in self.layers if each.name == layer)
         window = (module.kernel_size, module.stride, module.padding) if isinstance(module, nn.Conv2d) else ()
         return (site, *window)
