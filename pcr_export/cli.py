@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-from pcr_export import __version__
+from pcr_export import __version__, cli_folder
 from pcr_export.engine_settings import BACKENDS, EngineSettings
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Advance
@@ -69,6 +69,9 @@ Keep = Annotated[str, typer.Option(help="layers that keep 8-bit weights: how man
 WeightSamples = Annotated[int, typer.Option(help="UNet inputs that rounding is learned from")]
 WeightRounds = Annotated[int, typer.Option(help="of learning; each samples with the weights of the one before")]
 Iterations = Annotated[int, typer.Option(help="of --weights adaround, for each block")]
+StripEncoders = Annotated[
+    bool, typer.Option("--strip-encoders", help="write the UNet alone: no text encoders, tokenizers or VAE")
+]
 
 
 @app.command()
@@ -119,6 +122,7 @@ def export(
     seed: Annotated[int, typer.Option(help="of everything random")] = Recipe.seed,
     resume: Annotated[bool, typer.Option(help="go on from what an earlier run of this command finished")] = True,
     validate: Annotated[bool, typer.Option(help="compare the artifact with its simulation and with FP32")] = True,
+    strip_encoders: StripEncoders = False,
     dry_run: Annotated[bool, typer.Option(help="print the plan and stop")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tell more, and show tracebacks")] = False,
 ) -> None:
@@ -304,6 +308,10 @@ def study(
     except KeyboardInterrupt as stop:
         raise PcrExportError("stopped; the same command goes on from here", exit_code=INTERRUPTED) from stop
     _print_rows(table_rows(content), str(request.folder))
+
+
+app.command()(cli_folder.inspect)
+app.command()(cli_folder.verify)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from pcr_export.export_job import Exported, Job
 from pcr_export.export_validation import validate_artifact
 from pcr_export.graph.quantize import quantize_onnx
 from pcr_export.graph.to_onnx import trace_float_onnx
+from pcr_export.manifest import write_manifest
 from pcr_export.models.denoiser import Inputs
 from pcr_export.qdiffbench.relax_search import RelaxSearch
 from pcr_export.recipe import searched_skips
@@ -56,7 +57,9 @@ def export_denoiser(job: Job) -> dict[str, Any]:
     """
     exported = quantize_denoiser(job)
     validation = validate_artifact(job, exported) if job.validate else {}
-    return finish(job, exported, validation)
+    report = finish(job, exported, validation)
+    write_manifest(job.folder)
+    return report
 
 
 def quantize_denoiser(job: Job) -> Exported:

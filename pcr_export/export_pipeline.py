@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from pcr_export.deploy.folder import write_pipeline_folder, written_files
+from pcr_export.deploy.folder import unet_files, write_pipeline_folder, write_unet_folder, written_files
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.export import finish, hash_weights, make_folder, quantize_denoiser
 from pcr_export.export_engines import check_engines
 from pcr_export.export_job import Exported, Job
 from pcr_export.export_validation import validate_artifact
+from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
+from pcr_export.models.catalog import read_json
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
@@ -29,11 +31,17 @@ from pcr_export.recipe import Recipe
 from pcr_export.request import ExportRequest
 from pcr_export.stages import Facts, key_hash
 
+TWICE_DB = 6.1  # twice the error in PSNR
+MOST_PSNR_DB = 40.0  # asked of an image painted again: an error of 2.5 of 255 levels, which nobody sees
 
-def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -> dict[str, Any]:
-    """Export `model` (whose denoiser is job.denoiser) to job.folder: ONNX parts, step scales, images and report.json.
+
+def export_pipeline(
+    job: Job, model: LoadedModel, eval_prompts: Sequence[str], *, strip_encoders: bool = False
+) -> dict[str, Any]:
+    """Export `model` (whose denoiser is job.denoiser) to job.folder: ONNX parts, step scales, images, report.json and manifest.json.
 
     Args:
+        strip_encoders: leave out text encoders, tokenizers and VAE, for machines that have them from elsewhere.
         eval_prompts: an image each of the float model and of the artifact is made of these; at least two where job.validate.
 
     Returns:
@@ -43,9 +51,12 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
     source = model.entry.source
     exported.stages.run(
         "package",
-        {name: exported.key[name] for name in ("version", "torch", *job.walk_key)},
-        written_files(model.pipeline, job.folder),
-        lambda: _package(job, model),
+        {
+            **{name: exported.key[name] for name in ("version", "torch", *job.walk_key)},
+            **({"parts": "UNet alone"} if strip_encoders else {}),
+        },
+        unet_files(job.folder) if strip_encoders else written_files(model.pipeline, job.folder),
+        lambda: _package(job, model, strip_encoders),
     )
     validation = {}
     if job.validate:
@@ -53,6 +64,7 @@ def export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str]) -
         validation = {**fidelity, "quality": judge_images(job, exported, Path(source), eval_prompts)}
     report = finish(job, exported, validation)
     write_html_report(job.folder)
+    write_manifest(job.folder, _first_image(job, eval_prompts) if job.validate else None)
     return report
 
 
@@ -72,7 +84,8 @@ def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], No
         track=track,
         log=log,
     )
-    return export_pipeline(job, model, evaluation[: request.num_images(recipe, len(evaluation))])
+    prompts = evaluation[: request.num_images(recipe, len(evaluation))]
+    return export_pipeline(job, model, prompts, strip_encoders=request.strip_encoders)
 
 
 def pipeline_job(model: LoadedModel, recipe: Recipe, prompts: Sequence[str], folder: Path) -> Job:
@@ -90,7 +103,23 @@ def pipeline_job(model: LoadedModel, recipe: Recipe, prompts: Sequence[str], fol
     )
 
 
-def _package(job: Job, model: LoadedModel) -> Facts:
+def _first_image(job: Job, prompts: Sequence[str]) -> StoredImage:
+    """The image that `verify` paints again. Rounding may take another turn there, so that both images are as far from the float
+    model's as this one is: they then lie at most twice as far from each other, 6 dB below this one's PSNR to the float model.
+    """
+    to_float = read_json(job.folder / "images" / "per_image.json")["psnr_db"][0]
+    return StoredImage(
+        file=STORED_IMAGE,
+        prompt=prompts[0],
+        seed=prompt_seeds(prompts, job.recipe.seed)[0],
+        min_psnr_db=round(min(MOST_PSNR_DB, to_float - TWICE_DB), 1),
+    )
+
+
+def _package(job: Job, model: LoadedModel, strip_encoders: bool) -> Facts:
+    if strip_encoders:
+        write_unet_folder(model.pipeline, job.folder)
+        return {}
     with job.track("writing text encoders and VAE", 1) as advance:
         write_pipeline_folder(model.pipeline, job.folder)
         advance(1)

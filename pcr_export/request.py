@@ -58,6 +58,7 @@ class ExportRequest:
     seed: int
     resume: bool
     validate: bool
+    strip_encoders: bool
 
     def entry(self) -> CatalogEntry:
         """The model that was asked for, with the sampling settings that were."""

@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def block_of(module: str, depth: int = 0) -> str:
+    """The block that a module path lies in: "down.1" for down_blocks.1.attentions.0.proj_in, "down.1.attentions" with depth 1."""
+    parts = module.split(".")
+    own = 2 if parts[0] in ("down_blocks", "up_blocks") else 1
+    return ".".join(parts[: own + depth]).replace("_blocks", "").replace("_block", "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """One Linear or Conv2d of the denoiser. Either it reads a site (quantized) or it has a reason to stay float."""

@@ -63,6 +63,11 @@ class StepScales:
         """Number of calibrated steps."""
         return len(self.timesteps)
 
+    def deviation(self) -> np.ndarray:
+        """log2(scale / geometric mean of the site over the steps), float64 [num_steps, num_sites]: what is drawn of the scales."""
+        logarithms = np.log2(self.scale.astype(np.float64))
+        return np.asarray(logarithms - logarithms.mean(0))
+
     def nearest_step(self, timestep: float) -> int:
         """The step whose calibrated timestep is nearest: the number of midpoints above `timestep`, as the graph counts it."""
         midpoints = (self.timesteps[:-1] + self.timesteps[1:]) / 2

@@ -9,6 +9,7 @@ Same pipeline, same bytes: no path, no time and no state that the pipeline's use
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import diffusers
 
 from pcr_export.deploy.onnx_parts import export_text_encoder, export_vae_decoder
+from pcr_export.models.catalog import HANDED_OVER
 from pcr_export.models.pipelines import Pipeline
 from pcr_export.stages import write_json, write_text
 
@@ -46,6 +48,25 @@ def write_pipeline_folder(pipeline: Pipeline, out: Path) -> None:
         if encoder is not None:
             export_text_encoder(encoder, getattr(pipeline, tokenizer).model_max_length, out / name / "model.onnx")
     export_vae_decoder(pipeline.vae, out / "vae_decoder" / "model.onnx")
+
+
+def write_unet_folder(pipeline: Pipeline, out: Path) -> None:
+    """As `write_pipeline_folder`, for machines that have text encoders, tokenizers and VAE from elsewhere: those of `out` are deleted.
+
+    model_index.json names them null, as diffusers writes a component that has to be handed over.
+    """
+    for pattern in ("text_encoder*", "tokenizer*", "vae_*"):
+        for folder in out.glob(pattern):
+            shutil.rmtree(folder)
+    index = model_index(pipeline)
+    write_json(out / "model_index.json", {**index, **{name: [None, None] for name in HANDED_OVER if name in index}})
+    write_json(out / "scheduler" / "scheduler_config.json", _diffusers_config(pipeline.scheduler))
+    write_json(out / "unet" / "config.json", _diffusers_config(pipeline.unet))
+
+
+def unet_files(out: Path) -> list[Path]:
+    """The files that `write_unet_folder` leaves in `out`."""
+    return [out / "model_index.json", out / "scheduler" / "scheduler_config.json", out / "unet" / "config.json"]
 
 
 def written_files(pipeline: Pipeline, out: Path) -> list[Path]:

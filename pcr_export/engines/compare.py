@@ -24,6 +24,7 @@ from pcr_export.engines.polygraphy_runs import (
 from pcr_export.engines.tensorrt_runner import NO_GPU, TensorRtEngine
 from pcr_export.engines.timing import time_engines
 from pcr_export.errors import PcrExportError
+from pcr_export.manifest import update_manifest
 from pcr_export.progress import Track, silent
 from pcr_export.step_scales import StepScales, read_step_scales
 
@@ -97,6 +98,7 @@ def compare_folder(
             name, share = f"engine {target}", float((scales.bits > 8).mean())
             try:
                 results.extend(_run_engine(name, path, onnx_path, inputs))
+                update_manifest(folder, path.with_suffix(".json"))
                 rows += _distances(results, name, DIALECT, scales, steps)
                 timings[target] = time_engines(path, float_engine(path), list(inputs), runs, relaxed_share=share)
             except PcrExportError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,6 +13,7 @@ from pcr_export.engine_settings import Range
 from pcr_export.errors import PcrExportError
 
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # minimum, optimum, maximum of every axis
+Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]  # name -> data type such as FLOAT, and axes
 CHUNK = 1 << 22  # bytes read at a time
 
 
@@ -22,11 +23,17 @@ def input_axes(path: Path) -> dict[str, tuple[int | str, ...]]:
     Raises:
         PcrExportError: the file is missing or damaged.
     """
-    inputs = _load(path).graph.inputs
-    return {
-        str(value.name): tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
-        for value in inputs
-    }
+    return {name: axes for name, (_, axes) in onnx_ports(path)[0].items()}
+
+
+def onnx_ports(path: Path) -> tuple[Ports, Ports]:
+    """Inputs and outputs in their order.
+
+    Raises:
+        PcrExportError: the file is missing or damaged.
+    """
+    graph = _load(path).graph
+    return _ports(graph.inputs), _ports(graph.outputs)
 
 
 def input_shapes(path: Path, axes: Mapping[str, Range]) -> dict[str, ShapeRange]:
@@ -77,6 +84,16 @@ def add_file(digest: hashlib._Hash, path: Path) -> None:
                 digest.update(chunk)
     except FileNotFoundError as error:
         raise PcrExportError(f"{path} does not exist: export the model again") from error
+
+
+def _ports(values: Iterable[ir.Value]) -> Ports:
+    return {
+        str(value.name): (
+            value.dtype.name if value.dtype is not None else "no type",
+            tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()),
+        )
+        for value in values
+    }
 
 
 def _load(path: Path) -> ir.Model:

@@ -15,6 +15,13 @@ from pcr_export.errors import PcrExportError
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 REFERENCE_MODEL = Path(__file__).parent / "reference" / "tiny-sdxl"
+HANDED_OVER = (
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "vae",
+)  # what an export with --strip-encoders has not
 WHAT_A_PIPELINE_IS = (
     "a pipeline folder holds model_index.json beside unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
 )
@@ -105,7 +112,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     """The parsed model_index.json of a pipeline folder.
 
     Raises:
-        PcrExportError: there is none, it is no JSON object, or it names a pipeline class that can't be exported.
+        PcrExportError: there is none, it is no JSON object, or it names a pipeline class that can't be exported, or lacks a part.
     """
     path = folder / "model_index.json"
     if not path.is_file():
@@ -114,6 +121,12 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     class_name = index.get("_class_name")
     if class_name not in PIPELINE_CLASSES:
         raise PcrExportError(f"{folder} holds a {class_name}: only {' and '.join(PIPELINE_CLASSES)} can be exported")
+    absent = [name for name in HANDED_OVER if index.get(name) == [None, None]]
+    if absent:
+        raise PcrExportError(
+            f"{folder} has no {', '.join(absent)}, as an export with --strip-encoders: "
+            "export again without it, or run unet/ alone with parts from elsewhere"
+        )
     return index
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pcr_export.sites import block_of
 from pcr_export.step_scales import StepScales
 
 INK = "#1b1f26"  # of text and axes; on a page it becomes the page's own text colour
@@ -51,8 +52,7 @@ def to_svg(figure: Figure) -> str:
 
 def draw_scales(scales: StepScales) -> str:
     """log2(scale / geometric mean of the site over the steps): sites downwards in the order of the network, steps rightwards."""
-    logarithms = np.log2(scales.scale.astype(np.float64))
-    image = (logarithms - logarithms.mean(0)).T  # float64 [num_sites, num_steps]
+    image = scales.deviation().T  # float64 [num_sites, num_steps]
     limit = max(0.5, float(np.ceil(2 * np.abs(image).max()) / 2))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(PHONE_WIDTH, min(5.6, 2.2 + 0.1 * len(scales.sites))))
@@ -129,14 +129,12 @@ def draw_bits(bits: Sequence[int]) -> str:
 
 def _block_starts(sites: Sequence[str], fewest: int) -> list[tuple[int, str]]:
     """(first site, name) of each block of the network; one of less than `fewest` sites after the last name goes unnamed."""
-    blocks = [
-        ".".join(site.split(".")[: 2 if site.startswith(("down_blocks.", "up_blocks.")) else 1]) for site in sites
-    ]
+    blocks = [block_of(site) for site in sites]
     starts: list[tuple[int, str]] = []
     for index, block in enumerate(blocks):
         is_new = index == 0 or block != blocks[index - 1]
         if is_new and (not starts or index - starts[-1][0] >= fewest):
-            starts.append((index, block.replace("_blocks", "").replace("_block", "")))
+            starts.append((index, block))
     return starts
 
 

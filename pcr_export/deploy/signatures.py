@@ -1,0 +1,112 @@
+"""What a pipeline feeds each ONNX file of an exported folder and takes from it, held against what the file has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pcr_export.engines.engine_folder import tensorrt_onnx
+from pcr_export.engines.onnx_files import Ports, onnx_ports
+from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import read_json
+
+Wanted = Mapping[str, tuple[str, tuple[int | None, ...]]]  # name -> data type, and axes; None: of any size
+IMAGES = (None, 3, None, None)
+BATCHED_TEXT: tuple[str, tuple[int | None, ...]] = ("FLOAT", (None, None, None))
+
+
+def check_signatures(folder: Path) -> list[str]:
+    """Check every ONNX file that has a configuration beside it; in words, what each one takes and gives.
+
+    Raises:
+        PcrExportError: (exit code 3) a name, a data type or an axis is none that the pipeline can use; or a file can't be read.
+    """
+    said = []
+    for path, config in _files(folder):
+        inputs, outputs = onnx_ports(path)
+        part = path.parent.name
+        wanted = _wanted(part, config) if config is not None else (_any(inputs), _any(outputs))
+        name = path.relative_to(folder).as_posix()
+        unknown = sorted(inputs.keys() - wanted[0].keys())
+        if unknown:
+            raise _refused(folder, name, f"an input {unknown[0]}, which nothing feeds")
+        for kind, ports, expected in (("input", inputs, wanted[0]), ("output", outputs, wanted[1])):
+            _compare(folder, name, kind, ports, expected)
+        said.append(f"{name if part == 'tensorrt' else part}: {', '.join(inputs)} -> {_few(list(outputs))}")
+    return said
+
+
+def _files(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """The ONNX files, each with its configuration; None for the denoiser of a folder that is no diffusers pipeline's."""
+    config = folder / "unet" / "config.json"
+    unet = read_json(config) if config.is_file() else None
+    dialect = tensorrt_onnx(folder)
+    files = [(folder / "unet" / "model.onnx", unet), *([(dialect, unet)] if dialect.is_file() else [])]
+    parts = (folder / name for name in ("text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder"))
+    return [*files, *((part / "model.onnx", read_json(part / "config.json")) for part in parts if part.is_dir())]
+
+
+def _wanted(part: str, config: Mapping[str, Any]) -> tuple[Wanted, Wanted]:
+    """Inputs and outputs of the part that `config` configures."""
+    if part.startswith("text_encoder"):
+        return _text_encoder_ports(config)
+    if part == "vae_encoder":
+        parameters = (None, 2 * config.get("latent_channels", 0) or None, None, None)  # mean and log variance
+        return {"sample": ("FLOAT", IMAGES)}, {"latent_parameters": ("FLOAT", parameters)}
+    if part == "vae_decoder":
+        latents = (None, config.get("latent_channels"), None, None)
+        return {"latent_sample": ("FLOAT", latents)}, {"sample": ("FLOAT", IMAGES)}
+    return _unet_ports(config)
+
+
+def _unet_ports(config: Mapping[str, Any]) -> tuple[Wanted, Wanted]:
+    width = config.get("cross_attention_dim")
+    inputs: dict[str, tuple[str, tuple[int | None, ...]]] = {
+        "sample": ("FLOAT", (None, config.get("in_channels"), None, None)),
+        "timestep": ("FLOAT", ()),
+        "encoder_hidden_states": ("FLOAT", (None, None, width if isinstance(width, int) else None)),
+    }
+    if config.get("addition_embed_type") == "text_time":
+        inputs |= {"text_embeds": ("FLOAT", (None, None)), "time_ids": ("FLOAT", (None, None))}
+    if config.get("time_cond_proj_dim") is not None:
+        inputs["timestep_cond"] = ("FLOAT", (None, config["time_cond_proj_dim"]))
+    return inputs, {"out_sample": ("FLOAT", (None, config.get("out_channels"), None, None))}
+
+
+def _text_encoder_ports(config: Mapping[str, Any]) -> tuple[Wanted, Wanted]:
+    projects = any(str(name).endswith("WithProjection") for name in config.get("architectures") or ())
+    pooled = "text_embeds" if projects else "pooler_output"
+    hidden = {f"hidden_states.{index}": BATCHED_TEXT for index in range(config.get("num_hidden_layers", 0))}
+    outputs: Wanted = {"last_hidden_state": BATCHED_TEXT, pooled: ("FLOAT", (None, None)), **hidden}
+    return {"input_ids": ("INT64", (None, None))}, outputs
+
+
+def _any(ports: Ports) -> Wanted:
+    return {name: (dtype, (None,) * len(axes)) for name, (dtype, axes) in ports.items()}
+
+
+def _compare(folder: Path, file: str, kind: str, ports: Ports, wanted: Wanted) -> None:
+    for name, (dtype, axes) in wanted.items():
+        if name not in ports:
+            raise _refused(folder, file, f"no {kind} {name}; it has {_few(list(ports))}")
+        found, sizes = ports[name]
+        fits = len(sizes) == len(axes) and all(
+            wish is None or isinstance(size, str) or size == wish for size, wish in zip(sizes, axes, strict=True)
+        )
+        if found != dtype or not fits:
+            raise _refused(
+                folder, file, f"{kind} {name} as {found} {_axes(sizes)}, where {dtype} {_axes(axes)} is needed"
+            )
+
+
+def _refused(folder: Path, file: str, what: str) -> PcrExportError:
+    return PcrExportError(f"{folder / file} has {what}: export the folder again", exit_code=3)
+
+
+def _axes(axes: tuple[int | str | None, ...]) -> str:
+    return f"[{', '.join('any' if axis is None else str(axis) for axis in axes)}]"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
