@@ -36,8 +36,7 @@ def inspect(
         return
     _print_table(summary_rows(facts), str(folder))
     console.print(*scale_picture(facts, console.width), sep="\n", soft_wrap=True)
-    if facts["float"]:
-        floats = [(reason, str(len(names)), _names(names)) for reason, names in facts["float"].items()]
+    if floats := float_rows(facts):
         _print_table(floats, "layers that stay float, and why")
     _print_table(engine_rows(facts), "engines")
     _print_table(file_rows(facts), "files")
@@ -108,6 +107,13 @@ def scale_picture(facts: Facts, width: int) -> list[Text]:
     low, high = f"{BARS[0]} {2**-limit:.2f} or less", f"{BARS[-1]} {2**limit:.2f} or more"
     lines.append(Text(f"{low}, {high}, times the site's mean over the steps"))
     return lines
+
+
+def float_rows(facts: Facts) -> list[tuple[str, ...]]:
+    """Why layers stayed float at the export, and in the engines that were built nevertheless: reason, how many, which."""
+    rows = [(reason, str(len(names)), _names(names)) for reason, names in facts["float"].items()]
+    engines = ((engine["target"], engine.get("float_layers") or {}) for engine in facts["engines"])
+    return rows + [(f"{target}: {reason}", "1", name) for target, some in engines for name, reason in some.items()]
 
 
 def engine_rows(facts: Facts) -> list[tuple[str, ...]]:

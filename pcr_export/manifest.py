@@ -72,7 +72,7 @@ def write_manifest(folder: Path, image: StoredImage | None = None) -> Manifest:
     paths = [*listed_paths(folder), *([folder / image.file] if image else [])]
     files = {path.relative_to(folder).as_posix(): _listed_file(path) for path in paths}
     manifest = Manifest(files=files, image=image)
-    write_text(folder / NAME, _text(manifest))
+    write_text(folder / NAME, manifest_text(manifest))
     return manifest
 
 
@@ -81,7 +81,7 @@ def update_manifest(folder: Path, path: Path) -> None:
     if (folder / NAME).is_file():
         manifest = read_manifest(folder)
         files = {**manifest.files, path.relative_to(folder).as_posix(): _listed_file(path)}
-        write_text(folder / NAME, _text(Manifest(files=files, image=manifest.image)))
+        write_text(folder / NAME, manifest_text(Manifest(files=files, image=manifest.image)))
 
 
 def listed_paths(folder: Path) -> list[Path]:
@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
             files={name: ListedFile(**facts) for name, facts in content["files"].items()},
             image=None if image is None else StoredImage(**image),
         )
-        damaged = text != _text(manifest)
+        damaged = text != manifest_text(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PcrExportError(f"{path} is damaged ({type(error).__name__}): {_copy_again(folder)}") from error
     if damaged:
@@ -155,7 +155,7 @@ def _listed_file(path: Path) -> ListedFile:
     return ListedFile(sha256=hash_file(path), bytes=path.stat().st_size)
 
 
-def _text(manifest: Manifest) -> str:
+def manifest_text(manifest: Manifest) -> str:
     """The one spelling of a manifest; its own hash closes it, so that no byte can change unseen."""
     content: dict[str, Any] = {"format": FORMAT, **asdict(manifest)}
     content["files"] = {name: content["files"][name] for name in sorted(content["files"])}

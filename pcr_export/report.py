@@ -189,7 +189,8 @@ def _tensorrt_rows(engine: Facts) -> list[tuple[str, str]]:
         (
             f"{engine['backend']} {engine['target']}",
             f"{engine['file']}, {engine['int8_layers']} layers INT8{floats}, {engine['engine_bytes'] / 2**20:.1f} MiB; {ran}",
-        )
+        ),
+        (f"{engine['target']} memory", engine_memory(engine)),
     ]
     if "int8_ms" in engine:
         against = f", FP16 {engine['fp16_ms']['p50']:.2f}: {engine['speedup']:.2f}x" if "fp16_ms" in engine else ""
@@ -197,6 +198,13 @@ def _tensorrt_rows(engine: Facts) -> list[tuple[str, str]]:
     if "warning" in engine:
         rows.append(("warning", engine["warning"]))
     return rows
+
+
+def engine_memory(engine: Facts) -> str:
+    """Device memory of an engine as its builder tells: weights, and activations at the largest shapes that it takes."""
+    told = {name: engine[f"{name[:-1]}_bytes"] for name in ("weights", "activations")}
+    parts = [f"{size / 2**20:.1f} MiB {name}" for name, size in told.items() if size is not None]
+    return " + ".join(parts) or "not told by the builder"
 
 
 def _quality_rows(quality: Facts) -> list[tuple[str, str]]:

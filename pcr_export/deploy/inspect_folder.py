@@ -117,7 +117,7 @@ def _onnxruntime(report: Mapping[str, Any]) -> list[Facts]:
 
 def _engine(folder: Path, report: Mapping[str, Any], target: str) -> Facts:
     record = read_engine_record(folder / "unet" / f"{target}.engine")
-    timed = next((each for each in report["engines"] if each["target"] == target), {})
+    timed: Mapping[str, Any] = next((each for each in report["engines"] if each["target"] == target), {})
     return {
         "backend": record.flavour,
         "target": target,

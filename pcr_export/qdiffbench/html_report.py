@@ -16,7 +16,7 @@ from pcr_export.qdiffbench.page import Chart, Section, Table, write_page
 from pcr_export.qdiffbench.report_figures import draw_bits, draw_error_by_step, draw_scales, draw_sensitivity
 from pcr_export.qdiffbench.scores import PerImage
 from pcr_export.relaxed_steps import format_steps
-from pcr_export.report import summary_rows
+from pcr_export.report import engine_memory, summary_rows
 from pcr_export.step_scales import StepScales, read_step_scales
 
 NAME = "report.html"
@@ -44,6 +44,7 @@ def write_html_report(folder: Path) -> Path:
             _scales_section(scales, relaxed),
             _error_section(folder, report, recipe, relaxed),
             _bits_section(report, recipe, scales, relaxed),
+            *_engine_sections(report),
         ]
     return write_page(folder / NAME, title, summary, sections)
 
@@ -255,3 +256,22 @@ def _bits_section(report: Facts, recipe: Facts, scales: StepScales, relaxed: Seq
         head = ("reason", "layers", "names")
         tables.append(Table(caption="Layers that stay float", head=head, rows=floats, numeric=False))
     return Section(heading="Where the bits went", notes=notes, charts=[chart], tables=tables)
+
+
+def _engine_sections(report: Facts) -> list[Section]:
+    """Size and memory of each TensorRT engine; no section where there is none."""
+    built = [engine for engine in report["engines"] if engine["backend"] != "onnxruntime" and engine["built"]]
+    rows = [
+        (
+            f"{engine['backend']} {engine['version']}",
+            engine["target"],
+            f"{engine['engine_bytes'] / 2**20:.1f} MiB",
+            engine_memory(engine),
+            f"{engine['int8_layers']} INT8, {len(engine['float_layers'])} float",
+            f"{engine['mean_ms']:.2f} ms" if "mean_ms" in engine else "not run",
+        )
+        for engine in built
+    ]
+    head = ("library", "GPU", "file", "device memory", "layers", "mean step")
+    table = Table(caption="One engine per GPU, memory as its builder tells", head=head, rows=rows, numeric=False)
+    return [Section(heading="Engines", tables=[table])] if rows else []
