@@ -14,8 +14,17 @@ from deploy.conftest import ExportedFolder
 from models.tiny_pipelines import TOKENS
 from transformers import CLIPTokenizer
 
-from pcr_export.deploy.folder import model_index, write_configs, write_tokenizer, written_files
+from pcr_export.deploy.folder import (
+    model_index,
+    unet_files,
+    write_configs,
+    write_tokenizer,
+    write_unet_folder,
+    written_files,
+)
 from pcr_export.deploy.onnx_parts import export_text_encoder
+from pcr_export.deploy.run import load_exported_pipeline
+from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import resolve
 from pcr_export.models.load import load_pipeline
 
@@ -84,6 +93,18 @@ def test_configs_that_optimum_reads(sdxl: ExportedFolder) -> None:
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert index["force_zeros_for_empty_prompt"] is True
     assert read("scheduler/scheduler_config.json")["_class_name"] == "EulerDiscreteScheduler"
+
+
+def test_the_unet_alone_takes_the_place_of_a_whole_folder(sdxl: ExportedFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sdxl.folder, tmp_path / "copy"))
+    write_unet_folder(sdxl.model.pipeline, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["model_index.json", "scheduler", "unet"]
+    assert all(path.is_file() for path in unet_files(folder))
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    absent = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
+    assert [name for name, value in index.items() if value == [None, None]] == sorted(absent)
+    with pytest.raises(PcrExportError, match=f"has no {', '.join(absent)}, as an export with --strip-encoders"):
+        load_exported_pipeline(folder)
 
 
 def test_left_out_parts_are_null(lcm: ExportedFolder) -> None:

@@ -27,6 +27,18 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\"'{{ 7 * 7 }} " + "a_very_long_
 PROMPTS = [HOSTILE] * IMAGES
 PSNR = [100.0 - i for i in range(IMAGES)]
 LPIPS = [0.01 * ((7 * i) % IMAGES) for i in range(IMAGES)]  # worst image 5 (0.11), best image 0
+ENGINE = {
+    "backend": "tensorrt-rtx",
+    "version": "1.7.1",
+    "target": "sm89",
+    "file": "sm89.engine",
+    "built": True,
+    "int8_layers": 4,
+    "float_layers": {},
+    "engine_bytes": 3 * 2**20,
+    "weight_bytes": 2**20,
+    "activation_bytes": 2**19,
+}
 NARROW, WIDE = {"width": 375, "height": 800}, {"width": 1280, "height": 900}
 SCORES = {
     "n_images": IMAGES,
@@ -85,7 +97,7 @@ def write_export(folder):
         sensitivities={},
         weights={"layers": {}, "seconds": 0.0},
         graph={"onnx_bytes": 2**20, "float_bytes": 2**22},
-        engines=[],
+        engines=[ENGINE],
         validation={"fidelity": fidelity, "quality": SCORES},
     )
     write_json(folder / "report.json", report)
@@ -233,6 +245,7 @@ def test_an_evaluated_folder_in_a_browser(browser, evaluated, viewport):
         "Scale by step",
         "Error by step",
         "Where the bits went",
+        "Engines",
     ]
     assert len(seen["images"]) == 2 * 9
     assert len(seen["charts"]) == 4
@@ -249,6 +262,14 @@ def test_a_folder_without_evaluation_shows_its_validation(browser, exported):
     assert "sensitivity of each step was not measured" in seen["text"]
     assert "Ordered by PSNR" in seen["text"]
     assert len(seen["charts"]) == 3
+
+
+def test_engines_are_listed_with_their_size_and_memory(evaluated):
+    page = write_html_report(evaluated).read_text()
+    section = page[page.index(">Engines<") :]
+    for words in ("tensorrt-rtx 1.7.1", "sm89", "3.0 MiB", "1.0 MiB weights + 0.5 MiB activations", "4 INT8, 0 float"):
+        assert words in section
+    assert "sm89 memory" in page  # in the summary
 
 
 @pytest.mark.parametrize("viewport", [NARROW, WIDE], ids=["phone", "desktop"])
