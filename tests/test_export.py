@@ -10,6 +10,8 @@ import pytest
 from class_conditional import TIMESTEPS, class_conditional_denoiser
 
 from pcr_export import Job, Recipe, export_denoiser
+from pcr_export.deploy.inspect_folder import inspect_folder
+from pcr_export.deploy.verify import verify_folder
 from pcr_export.errors import PcrExportError
 from pcr_export.export import relax_search
 from pcr_export.graph.to_onnx import trace_float_onnx
@@ -61,6 +63,19 @@ def test_report_says_what_was_done(exported):
     assert engine["latency_ms"]["p50"] > 0
 
 
+def test_folder_passes_its_verification_and_shows_its_scales(exported):
+    folder, report = exported
+    checks = list(verify_folder(folder))
+    assert [what for what, _ in checks] == ["files", "signature", "image"]
+    assert checks[1][1].startswith("unet: ")
+    assert checks[2][1].startswith("none is stored")
+    facts = inspect_folder(folder)
+    assert facts["pipeline"] is None
+    assert facts["float"] == {"skipped by name (conv_in)": ["conv_in"], "skipped by name (conv_out)": ["conv_out"]}
+    assert sum(group["sites"] for group in facts["scales"]["groups"]) == facts["weights"]["sites"]
+    assert facts["layers"] == report["sites"]
+
+
 def test_artifact_is_the_simulation(exported):
     fidelity = exported[1]["fidelity"]
     assert len(fidelity["per_step"]) == len(fidelity["simulation_vs_fp32_per_step"]) == len(TIMESTEPS)
@@ -101,6 +116,7 @@ def test_artifact_below_the_floor_is_refused_and_kept(tmp_path):
         export_denoiser(job(tmp_path, min_sqnr_db=1000.0))
     assert refused.value.exit_code == 3
     assert (tmp_path / "report.json").exists()
+    assert not (tmp_path / "manifest.json").exists()  # an export that is refused did not end
 
 
 def test_unwritable_folder_is_refused(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from qdiffbench.exported_tiny_sdxl import ONE_THREAD
 
 from pcr_export.errors import PcrExportError
+from pcr_export.manifest import check_files, read_manifest
 from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
 from pcr_export.qdiffbench.features import find_extractors
 from pcr_export.qdiffbench.workers import Workers
@@ -46,6 +47,7 @@ def test_what_is_written_and_what_a_second_run_keeps(evaluation):
     folder = evaluation.folder
     assert json.loads((folder / "evaluation.json").read_text()) == result
     assert (folder / "report.html").is_file()
+    check_files(folder, read_manifest(folder))  # nothing that deployment reads was touched
     for domain, name in zip(result["domains"], ("in", "out"), strict=True):
         assert (domain["name"], domain["n_images"]) == (name, 6)
         per_image = json.loads((folder / domain["per_image"]).read_text())
