@@ -27,7 +27,7 @@ LISTED = (  # what deployment and `inspect` read; a new part of the folder joins
     "vae_*/**/*",
     "triton/**/*",
 )
-CACHES = (".timing_cache", ".jit", ".tmp")  # rewritten by whoever builds or runs an engine
+LEFT_OUT = ("*.timing_cache", "*.jit", "*.tmp", "build_commands.txt")  # of those, what no deployment needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,8 @@ def update_manifest(folder: Path, path: Path) -> None:
 def listed_paths(folder: Path) -> list[Path]:
     """The files that a manifest of the folder names, sorted; links are followed nowhere."""
     paths = {path for pattern in LISTED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in paths if path.suffix not in CACHES and not _has_link(folder, path))
+    left_out = {path for path in paths if any(path.match(pattern) for pattern in LEFT_OUT) or _has_link(folder, path)}
+    return sorted(paths - left_out)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -47,6 +47,7 @@ REWRITTEN = (  # by evaluate, by engines, by builders, by the next run
     "report.html",
     "unet/model.onnx.tmp",
     "unet/sm89.jit",
+    "unet/tensorrt/build_commands.txt",
     "unet/tensorrt/sm89.timing_cache",
 )
 IMAGE = StoredImage(file=STORED_IMAGE, prompt="a réd circle", seed=7, min_psnr_db=40.0)

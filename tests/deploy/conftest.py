@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,21 +60,3 @@ def lcm(sdxl: ExportedFolder, tmp_path_factory: pytest.TempPathFactory) -> Expor
     export_text_encoder(model.pipeline.text_encoder, TOKENS, folder / "exported" / "text_encoder" / "model.onnx")
     onnx.save(onnx.parser.parse_model(TOY_UNET), folder / "exported" / "unet" / "model.onnx")
     return ExportedFolder(model, folder / "exported")
-
-
-@pytest.fixture(scope="session")
-def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole export of a random SDXL, with images and an engine, to read only."""
-    parent = tmp_path_factory.mktemp("product")
-    tiny_sdxl(parent / "random")
-    export_product(parent)
-    return parent / "random-w8a8"
-
-
-def export_product(parent: Path, *options: str) -> None:
-    """Export parent/random to parent/random-w8a8; what is done already is kept, wherever `parent` was moved to."""
-    small = ("--steps", "4", "--calib-size", "4", "--images", "2", "--height", "16", "--width", "16")
-    engine = ("--backend", "tensorrt-rtx", "--target", "sm89", "--relax", "last:25%")
-    command = [sys.executable, "-m", "pcr_export", "./random", "--out", "."]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([*command, *small, *engine, *options], check=True, capture_output=True, env=environment, cwd=parent)

@@ -16,6 +16,7 @@ from pcr_export.engines.build_request import BuildRequest, trtexec_line
 from pcr_export.engines.engine_record import read_engine_record
 
 AXES: dict[str, Range] = {"batch": (2, 2, 8), "height": (8, 12, 16), "width": (8, 8, 16)}
+DIALECT = "unet/tensorrt/model.onnx"
 # what `trtexec --help` of TensorRT 10.14 and `tensorrt_rtx --help` of 1.x list, as far as a build can need it
 SHAPES = {"--minShapes", "--optShapes", "--maxShapes"}
 COMMON = {"--onnx", "--saveEngine", "--profilingVerbosity", "--skipInference", *SHAPES}
@@ -41,27 +42,27 @@ def graph_inputs(path: Path) -> dict[str, list[int | str]]:
     }
 
 
-@pytest.mark.parametrize("file", ["unet/model.onnx", "unet/tensorrt/model.onnx"])
-def test_polygraphy_inspects(file: str, product: Path) -> None:
-    said = polygraphy("inspect", "model", product / file)
+@pytest.mark.parametrize("file", ["unet/model.onnx", DIALECT])
+def test_polygraphy_inspects(file: str, exported: Path) -> None:
+    said = polygraphy("inspect", "model", exported / file)
     assert "5 Graph Input(s)" in said
     assert "sample [dtype=float32, shape=('batch', 4, 'height', 'width')]" in said
     assert "timestep [dtype=float32, shape=()]" in said
 
 
-@pytest.mark.parametrize("file", ["unet/model.onnx", "unet/tensorrt/model.onnx"])
-def test_polygraphy_runs_on_onnxruntime(file: str, product: Path) -> None:
+@pytest.mark.parametrize("file", ["unet/model.onnx", pytest.param(DIALECT, marks=pytest.mark.slow)])
+def test_polygraphy_runs_on_onnxruntime(file: str, exported: Path) -> None:
     sizes = {"batch": 2, "height": 8, "width": 8}
-    inputs = {name: [sizes.get(str(dim), dim) for dim in dims] for name, dims in graph_inputs(product / file).items()}
+    inputs = {name: [sizes.get(str(dim), dim) for dim in dims] for name, dims in graph_inputs(exported / file).items()}
     shapes = [f"{name}:{str(dims).replace(' ', '')}" for name, dims in inputs.items() if dims]
-    said = polygraphy("run", product / file, "--onnxrt", "--input-shapes", *shapes)
+    said = polygraphy("run", exported / file, "--onnxrt", "--input-shapes", *shapes)
     assert "out_sample [dtype=float32, shape=(2, 4, 8, 8)]" in said
     assert "PASSED" in said
 
 
 @pytest.mark.parametrize(("flavour", "tool"), [("tensorrt", "trtexec"), ("tensorrt-rtx", "tensorrt_rtx")])
-def test_the_build_line_fits_the_graph(flavour: str, tool: str, product: Path, tmp_path: Path) -> None:
-    onnx_path = product / "unet" / "tensorrt" / "model.onnx"
+def test_the_build_line_fits_the_graph(flavour: str, tool: str, exported: Path, tmp_path: Path) -> None:
+    onnx_path = exported / "unet" / "tensorrt" / "model.onnx"
     request = BuildRequest(
         onnx_path=onnx_path,
         engine_path=tmp_path / "sm89.engine",
@@ -84,9 +85,9 @@ def test_the_build_line_fits_the_graph(flavour: str, tool: str, product: Path, t
         assert shapes == expected
 
 
-def test_the_line_of_the_export_is_that_of_its_engine(product: Path) -> None:
-    (line,) = (product / "unet" / "tensorrt" / "build_commands.txt").read_text().splitlines()
-    record = read_engine_record(product / "unet" / "sm89.engine")
+def test_the_line_of_the_export_is_that_of_its_engine(exported: Path) -> None:
+    (line,) = (exported / "unet" / "tensorrt" / "build_commands.txt").read_text().splitlines()
+    record = read_engine_record(exported / "unet" / "sm89.engine")
     assert line == record.trtexec
     (shapes,) = re.findall(r"--optShapes=(\S+)", line)
     recorded = {name: list(best) for name, (_, best, _) in record.inputs.items() if best}

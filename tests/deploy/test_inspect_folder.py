@@ -19,32 +19,32 @@ from pcr_export.step_scales import StepScales, read_step_scales
 
 
 @pytest.fixture
-def copy(product: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(product, tmp_path / "copy"))
+def copy(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
-def test_facts_are_those_of_the_files(product: Path) -> None:
-    facts, report = inspect_folder(product), json.loads((product / "report.json").read_text())
+def test_facts_are_those_of_the_files(exported: Path) -> None:
+    facts, report = inspect_folder(exported), json.loads((exported / "report.json").read_text())
     assert facts["pipeline"] == "StableDiffusionXLPipeline"
     assert facts["layers"] == report["sites"]
     assert facts["versions"] == report["environment"]
     assert facts["float"] == {f"skipped by name ({name})": [name] for name in ("conv_in", "conv_out")}
     assert sum(facts["weights"]["layers_by_bits"].values()) == len(report["sites"])
     assert facts["activations"] == {"bits": [8, 8, 8, 10], "mean_bits": 8.5, "relaxed_steps": [3]}
-    assert facts["files"]["unet/model.onnx"]["sha256"] == hash_file(product / "unet" / "model.onnx")
+    assert facts["files"]["unet/model.onnx"]["sha256"] == hash_file(exported / "unet" / "model.onnx")
     assert facts["parts"]["unet"] == sum(
-        path.stat().st_size for path in (product / "unet").rglob("*") if path.is_file() and path.suffix != ".txt"
-    ) + sum(path.stat().st_size for path in (product / "unet").rglob("*.txt"))
+        path.stat().st_size for path in (exported / "unet").rglob("*") if path.is_file() and path.suffix != ".txt"
+    )
     cpu, engine = facts["engines"]
     assert (cpu["backend"], engine["backend"], engine["target"]) == ("onnxruntime", "tensorrt-rtx", "sm89")
-    assert engine["engine_bytes"] == (product / "unet" / "sm89.engine").stat().st_size
+    assert engine["engine_bytes"] == (exported / "unet" / "sm89.engine").stat().st_size
     assert engine["activation_bytes"] > 0
     assert (engine["int8_layers"], engine["float_layers"]) == (facts["weights"]["layers_by_bits"]["w8a8"], {})
 
 
-def test_scales_by_part_of_the_network(product: Path) -> None:
-    scales = read_step_scales(product / "step_scales.safetensors")
-    groups = {group["name"]: group for group in inspect_folder(product)["scales"]["groups"]}
+def test_scales_by_part_of_the_network(exported: Path) -> None:
+    scales = read_step_scales(exported / "step_scales.safetensors")
+    groups = {group["name"]: group for group in inspect_folder(exported)["scales"]["groups"]}
     assert sum(group["sites"] for group in groups.values()) == len(scales.sites)
     index = scales.sites.index("up_blocks.0.upsamplers.0.conv")
     expected = np.log2(scales.scale[:, index]) - np.log2(scales.scale[:, index]).mean()
@@ -64,11 +64,11 @@ def test_many_parts_are_joined_to_blocks() -> None:
     assert [(group["name"], group["sites"]) for group in scale_groups(scales)] == [(f"down.{i}", 20) for i in range(4)]
 
 
-def test_the_command_prints_it_within_80_columns_and_without_torch(product: Path) -> None:
+def test_the_command_prints_it_within_80_columns_and_without_torch(exported: Path) -> None:
     code = "import sys; from pcr_export.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     ran = [
         subprocess.run(
-            [sys.executable, "-c", code, "inspect", str(product), *options],
+            [sys.executable, "-c", code, "inspect", str(exported), *options],
             capture_output=True,
             text=True,
             check=True,
@@ -87,7 +87,7 @@ def test_the_command_prints_it_within_80_columns_and_without_torch(product: Path
         "unet/model.onnx",
     ):
         assert any(words in line for line in lines), words
-    assert json.loads(ran[1].stdout) == inspect_folder(product)
+    assert json.loads(ran[1].stdout) == inspect_folder(exported)
 
 
 def test_an_export_without_a_manifest_is_told(copy: Path) -> None:

@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from deploy.conftest import export_product
+from exported_tiny_sdxl import export_from
 
 from pcr_export.cli import main
-from pcr_export.deploy.run import generate, load_exported_pipeline
+from pcr_export.deploy.run import generate
 from pcr_export.deploy.verify import verify_folder
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import read_manifest, write_manifest
 from pcr_export.qdiffbench.images import write_png
+from pcr_export.recipe import read_recipe
 
 
 @pytest.fixture
-def copy(product: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(product, tmp_path / "copy"))
+def copy(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
 def run_command(*words: object) -> subprocess.CompletedProcess[str]:
@@ -40,9 +41,9 @@ def refused(folder: Path, *, paint: bool = False) -> str:
 
 
 def test_a_whole_folder_passes_a_line_per_check(
-    product: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["pcr-export", "verify", str(product)])
+    monkeypatch.setattr(sys, "argv", ["pcr-export", "verify", str(exported)])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
@@ -169,24 +170,17 @@ def test_folders_that_are_no_exports(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_export_without_encoders_says_so(product: Path, tmp_path: Path) -> None:
-    parent = Path(shutil.copytree(product.parent, tmp_path / "again"))
-    export_product(parent, "--strip-encoders")  # over a whole one
-    folder = parent / product.name
-    assert not [path for path in folder.iterdir() if path.name.startswith(("text_encoder", "tokenizer", "vae"))]
-    *_, last = verify_folder(folder)
-    assert last == ("image", "not painted: the folder was exported with --strip-encoders")
-    absent = "has no text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae, as an export with --strip-encoders"
-    with pytest.raises(PcrExportError, match=absent):
-        load_exported_pipeline(folder)
-    assert (folder / "unet" / "model.onnx_data").read_bytes() == (product / "unet" / "model.onnx_data").read_bytes()
-
-
-@pytest.mark.slow
-def test_the_same_export_again_ends_with_the_same_manifest(product: Path, tmp_path: Path) -> None:
-    parent = Path(shutil.copytree(product.parent, tmp_path / "again"))
-    before = (product / "manifest.json").read_bytes()
-    for options in ([], ["--strip-encoders"], []):
-        export_product(parent, *options)
-        same = (parent / product.name / "manifest.json").read_bytes() == before
-        assert same == (not options)
+def test_the_same_export_again_ends_with_the_same_manifest_and_a_stripped_one_says_so(
+    exported: Path, copy: Path
+) -> None:
+    before, source = (exported / "manifest.json").read_bytes(), Path(read_recipe(exported).model)
+    copy = copy.rename(copy.with_name(exported.name))
+    export_from(source, copy.parent)
+    assert (copy / "manifest.json").read_bytes() == before
+    export_from(source, copy.parent, "--strip-encoders")
+    assert not [path for path in copy.iterdir() if path.name.startswith(("text_encoder", "tokenizer", "vae"))]
+    assert list(verify_folder(copy))[-1] == ("image", "not painted: the folder was exported with --strip-encoders")
+    assert (copy / "unet" / "model.onnx_data").read_bytes() == (exported / "unet" / "model.onnx_data").read_bytes()
+    export_from(source, copy.parent)
+    assert (copy / "manifest.json").read_bytes() == before
+    assert "painted again" in list(verify_folder(copy))[-1][1]

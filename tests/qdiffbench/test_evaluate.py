@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from qdiffbench.exported_tiny_sdxl import ONE_THREAD
+from exported_tiny_sdxl import ONE_THREAD
 
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import check_files, read_manifest

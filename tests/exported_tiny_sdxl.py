@@ -22,11 +22,17 @@ def export_tiny_sdxl(parent: Path) -> Path:
     """Write the model to parent/models and its export to parent/engines; the export's folder."""
     source = tiny_sdxl(parent / "models" / "random")
     _add_clip(source / "clip_vision")
-    options = {"steps": 4, "calib-size": 4, "height": SIZE, "width": SIZE, "out": parent / "engines"}
-    arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "pcr_export", str(source), *arguments, "--no-validate"]
+    return export_from(source, parent / "engines")
+
+
+def export_from(source: Path, out: Path, *options: str) -> Path:
+    """Export a model of 16x16 pictures to out/NAME-w8a8, with two images, an engine and one relaxed step of four."""
+    settings = {"steps": 4, "calib-size": 4, "images": 2, "height": SIZE, "width": SIZE, "relax": "last:25%"}
+    settings |= {"backend": "tensorrt-rtx", "target": "sm89", "out": out}
+    arguments = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "pcr_export", str(source), *arguments, *options]
     subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD)
-    return parent / "engines" / "random-w8a8"
+    return out / f"{source.name}-w8a8"
 
 
 def _add_clip(folder: Path) -> None:
