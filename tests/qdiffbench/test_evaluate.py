@@ -39,7 +39,7 @@ def judge(evaluation: Evaluation) -> tuple[dict, list[str]]:
 
 
 def times(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in (folder / "evaluation").rglob("*.png")}
 
 
 def test_what_is_written_and_what_a_second_run_keeps(evaluation):
