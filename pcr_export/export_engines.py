@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pcr_export.engine_settings import EngineSettings, Range
 from pcr_export.engines.engine_folder import FLOAT_SUFFIX, tensorrt_onnx
+from pcr_export.engines.flavours import compute_capability
 from pcr_export.engines.tensorrt import (
     BuildRequest,
     EngineRecord,
@@ -17,6 +18,7 @@ from pcr_export.engines.tensorrt import (
     current_engine,
     trtexec_line,
 )
+from pcr_export.errors import PcrExportError
 from pcr_export.graph.quantize import write_half_onnx
 from pcr_export.progress import Track
 from pcr_export.report import finite
@@ -55,13 +57,18 @@ class EngineJob:
 
 
 def check_engines(settings: EngineSettings) -> None:
-    """Refuse what can't be built on this machine. Cheap: called before a long calibration.
+    """Refuse what can't be built on this machine, or has no command to be built elsewhere. Cheap: called before a long calibration.
 
     Raises:
-        PcrExportError: as `check_targets`.
+        PcrExportError: as `check_targets`; without a build, a GPU that TensorRT-RTX's command has to name is missing or none.
     """
     if settings.wants_tensorrt and settings.build:
         check_targets(settings.backend, settings.targets)
+    elif settings.backend == "tensorrt-rtx":
+        if not settings.targets:
+            raise PcrExportError("tensorrt-rtx builds ahead of time: name the GPUs, --target sm86,sm89,sm120")
+        for target in settings.targets:
+            compute_capability(target)
 
 
 def make_engines(job: EngineJob) -> list[Facts]:

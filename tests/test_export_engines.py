@@ -124,6 +124,13 @@ def test_a_target_that_can_not_be_built_for_is_refused(tmp_path):
     assert not (tmp_path / "toy").exists()  # before anything is calibrated
 
 
+@pytest.mark.parametrize("targets", [(), ("current",), ("rtx4090",)])
+def test_commands_for_no_known_gpu_are_refused_before_the_calibration(targets, tmp_path):
+    with pytest.raises(PcrExportError, match=r"name the GPUs, --target sm86|is no target: write sm86"):
+        export_denoiser(job(tmp_path / "toy", replace(SETTINGS, targets=targets, build=False)))
+    assert not (tmp_path / "toy").exists()
+
+
 def test_without_the_extras_the_job_runs_on_onnxruntime():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('tensorrt', 'tensorrt_rtx', 'polygraphy'))); "
