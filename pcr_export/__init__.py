@@ -6,8 +6,16 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_HOMES = {"Denoiser": "models.denoiser", "Job": "export", "export_denoiser": "export", "Recipe": "recipe"}
-__all__ = ["Denoiser", "Job", "Recipe", "__version__", "export_denoiser"]
+_HOMES = {
+    "Denoiser": "models.denoiser",
+    "Job": "export",
+    "PcrExportError": "errors",
+    "Recipe": "recipe",
+    "ScheduleWarning": "errors",
+    "export_denoiser": "export",
+    "load_pipeline": "deploy.pipeline",
+}
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

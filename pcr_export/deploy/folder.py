@@ -1,7 +1,7 @@
 """Everything of an exported pipeline but the UNet's graph, laid out as diffusers and optimum lay out theirs.
 
     model_index.json  scheduler/  tokenizer/  tokenizer_2/  unet/config.json
-    text_encoder/{config.json, model.onnx}  text_encoder_2/...  vae_decoder/...      float32, weights in model.onnx_data
+    text_encoder/{config.json, model.onnx}  text_encoder_2/...  vae_encoder/... vae_decoder/...  float32, weights in model.onnx_data
 
 Same pipeline, same bytes: no path, no time and no state that the pipeline's use leaves behind is written.
 """
@@ -16,13 +16,14 @@ from typing import Any
 
 import diffusers
 
-from pcr_export.deploy.onnx_parts import export_text_encoder, export_vae_decoder
+from pcr_export.deploy.onnx_parts import export_text_encoder, export_vae_decoder, export_vae_encoder
 from pcr_export.models.catalog import HANDED_OVER
 from pcr_export.models.pipelines import Pipeline
 from pcr_export.stages import write_json, write_text
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+VAE_HALVES = ("vae_encoder", "vae_decoder")
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 OF_THIS_MACHINE = (
     "_name_or_path",
@@ -33,7 +34,7 @@ OF_THIS_MACHINE = (
 
 
 def write_pipeline_folder(pipeline: Pipeline, out: Path) -> None:
-    """Write configurations, tokenizers and the float32 ONNX of text encoders and VAE decoder; `unet/model.onnx` comes from elsewhere.
+    """Write configurations, tokenizers and the float32 ONNX of text encoders and VAE; `unet/model.onnx` comes from elsewhere.
 
     Args:
         pipeline: float32, in eval mode.
@@ -47,7 +48,8 @@ def write_pipeline_folder(pipeline: Pipeline, out: Path) -> None:
         encoder = getattr(pipeline, name, None)
         if encoder is not None:
             export_text_encoder(encoder, getattr(pipeline, tokenizer).model_max_length, out / name / "model.onnx")
-    export_vae_decoder(pipeline.vae, out / "vae_decoder" / "model.onnx")
+    for half, export in zip(VAE_HALVES, (export_vae_encoder, export_vae_decoder), strict=True):
+        export(pipeline.vae, out / half / "model.onnx")
 
 
 def write_unet_folder(pipeline: Pipeline, out: Path) -> None:
@@ -78,7 +80,7 @@ def written_files(pipeline: Pipeline, out: Path) -> list[Path]:
         out / "scheduler" / "scheduler_config.json",
         out / "unet" / "config.json",
         *(out / name / "tokenizer_config.json" for name in tokenizers),
-        *(out / name / file for name in (*folders, "vae_decoder") for file in ("config.json", "model.onnx")),
+        *(out / name / file for name in (*folders, *VAE_HALVES) for file in ("config.json", "model.onnx")),
     ]
 
 
@@ -87,7 +89,8 @@ def write_configs(pipeline: Pipeline, out: Path) -> None:
     write_json(out / "model_index.json", model_index(pipeline))
     write_json(out / "scheduler" / "scheduler_config.json", _diffusers_config(pipeline.scheduler))
     write_json(out / "unet" / "config.json", _diffusers_config(pipeline.unet))
-    write_json(out / "vae_decoder" / "config.json", _diffusers_config(pipeline.vae))
+    for half in VAE_HALVES:
+        write_json(out / half / "config.json", _diffusers_config(pipeline.vae))
     for name in TEXT_ENCODERS:
         encoder = getattr(pipeline, name, None)
         if encoder is not None:

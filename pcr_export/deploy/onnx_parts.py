@@ -1,4 +1,4 @@
-"""Text encoders and VAE decoder -> float32 ONNX with the names that optimum gives their inputs and outputs."""
+"""Text encoders and both halves of the VAE -> float32 ONNX with the names that optimum gives their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -51,6 +51,24 @@ def export_vae_decoder(vae: Any, path: Path) -> None:
     _export(_VaeDecoder(vae), {"latent_sample": latents}, ["sample"], axes, path)
 
 
+def export_vae_encoder(vae: Any, path: Path) -> None:
+    """An AutoencoderKL's encoder as ONNX:  sample float32 [batch, 3, h f, w f] -> latent_parameters float32 [batch, 2 channels, h, w].
+
+    The parameters are mean and log variance of a normal distribution, whose draw is the latents before scaling.
+
+    Args:
+        vae: in eval mode.
+        path: model.onnx, its weights go to model.onnx_data beside it.
+
+    Raises:
+        PcrExportError: the encoder can't be traced.
+    """
+    f = 2 ** (len(vae.config.block_out_channels) - 1)
+    images = torch.zeros((2, vae.config.in_channels, 8 * f, 10 * f))
+    axes = {"sample": {0: "batch", 2: "height", 3: "width"}}
+    _export(_VaeEncoder(vae), {"sample": images}, ["latent_parameters"], axes, path)
+
+
 class _TextEncoder(nn.Module):
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -76,6 +94,16 @@ class _VaeDecoder(nn.Module):
     def forward(self, latent_sample: Tensor) -> Tensor:
         image: Tensor = self.vae.decode(latent_sample, return_dict=False)[0]
         return image
+
+
+class _VaeEncoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> Tensor:
+        parameters: Tensor = self.vae.encode(sample).latent_dist.parameters
+        return parameters
 
 
 def _export(

@@ -1,4 +1,4 @@
-"""Exported folders, made once: SDXL with its float UNet, and SD 1.x whose UNet is a few sums of every input that such a UNet takes."""
+"""Exported folders, made once: SD 1.x and SDXL with float UNets, a consistency model whose UNet is a few sums of its inputs."""
 
 from __future__ import annotations
 
@@ -40,22 +40,34 @@ unet (float[batch, 4, height, width] sample, float timestep, float[batch, 16, 32
 """
 
 
+def export_float(source: Path, out: Path) -> ExportedFolder:
+    """An exported folder whose UNet is the float one, so that it can be compared with torch."""
+    model = load_model(resolve(str(source)))
+    write_pipeline_folder(model.pipeline, out)
+    denoiser = model.denoiser()
+    example = next(denoiser.walk(["a", "b"], [0, 1]))
+    export_float_onnx(denoiser, example, out / "unet" / "model.onnx")
+    return ExportedFolder(model, out)
+
+
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
     folder = tmp_path_factory.mktemp("sdxl")
-    model = load_model(resolve(str(tiny_sdxl(folder / "source"))))
-    write_pipeline_folder(model.pipeline, folder / "exported")
-    denoiser = model.denoiser()
-    example = next(denoiser.walk(["a", "b"], [0, 1]))
-    export_float_onnx(denoiser, example, folder / "exported" / "unet" / "model.onnx")
-    return ExportedFolder(model, folder / "exported")
+    return export_float(tiny_sdxl(folder / "source"), folder / "exported")
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
+    folder = tmp_path_factory.mktemp("sd")
+    return export_float(tiny_sd(folder / "source"), folder / "exported")
 
 
 @pytest.fixture(scope="session")
 def lcm(sdxl: ExportedFolder, tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
     folder = tmp_path_factory.mktemp("lcm")
     model = load_model(resolve(str(tiny_sd(folder / "source", scheduler="LCMScheduler", time_cond_proj_dim=24))))
-    shutil.copytree(sdxl.folder / "vae_decoder", folder / "exported" / "vae_decoder")  # the same seed made the same VAE
+    for half in ("vae_encoder", "vae_decoder"):  # the same seed made the same VAE
+        shutil.copytree(sdxl.folder / half, folder / "exported" / half)
     write_configs(model.pipeline, folder / "exported")
     export_text_encoder(model.pipeline.text_encoder, TOKENS, folder / "exported" / "text_encoder" / "model.onnx")
     onnx.save(onnx.parser.parse_model(TOY_UNET), folder / "exported" / "unet" / "model.onnx")

@@ -55,6 +55,9 @@ def test_names_types_and_axes_are_those_of_optimum(sdxl: ExportedFolder) -> None
     inputs, outputs = ports(sdxl.folder / "vae_decoder" / "model.onnx")
     assert inputs == {"latent_sample": ("tensor(float)", ["batch", 4, "height", "width"])}
     assert outputs == {"sample": ["batch", 3, "2*height", "2*width"]}
+    inputs, outputs = ports(sdxl.folder / "vae_encoder" / "model.onnx")
+    assert inputs == {"sample": ("tensor(float)", ["batch", 3, "height", "width"])}
+    assert outputs == {"latent_parameters": ["batch", 8, "(height//2)", "(width//2)"]}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -79,6 +82,15 @@ def test_vae_decoder_equals_torch(sdxl: ExportedFolder, shape: tuple[int, ...]) 
     (images,) = session.run(None, {"latent_sample": latents.numpy()})
     expected = sdxl.model.pipeline.vae.decode(latents, return_dict=False)[0]
     np.testing.assert_allclose(images, expected.numpy(), atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (3, 3, 12, 20)])
+def test_vae_encoder_equals_torch(sdxl: ExportedFolder, shape: tuple[int, ...]) -> None:
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    session = ort.InferenceSession(sdxl.folder / "vae_encoder" / "model.onnx")
+    (parameters,) = session.run(None, {"sample": images.numpy()})
+    expected = sdxl.model.pipeline.vae.encode(images).latent_dist.parameters
+    np.testing.assert_allclose(parameters, expected.numpy(), atol=ROUNDING, rtol=0)
 
 
 def test_configs_that_optimum_reads(sdxl: ExportedFolder) -> None:
@@ -137,7 +149,7 @@ def test_same_pipeline_same_bytes_wherever_it_lies_and_whatever_it_did(lcm: Expo
     write_configs(pipeline, tmp_path / "again")
     export_text_encoder(pipeline.text_encoder, TOKENS, tmp_path / "again" / "text_encoder" / "model.onnx")
     files = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
-    assert len(files) == 11
+    assert len(files) == 12
     for path in files:
         assert path.read_bytes() == (lcm.folder / path.relative_to(tmp_path / "again")).read_bytes(), path.name
 

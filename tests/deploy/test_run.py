@@ -12,7 +12,9 @@ import torch
 from deploy.conftest import ExportedFolder
 from engines.small_qdq import save_small_graph
 
-from pcr_export.deploy.run import ExportedUnet, generate, load_exported_model, load_exported_pipeline
+from pcr_export.deploy.parts import ExportedUnet
+from pcr_export.deploy.pipeline import load_exported_pipeline
+from pcr_export.deploy.run import generate, load_exported_model
 from pcr_export.engines.build_request import BuildRequest
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.flavours import gpu_target

@@ -1,0 +1,134 @@
+"""An exported folder as a pipeline of diffusers: text to image, image to image, inpainting; on onnxruntime or TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from transformers import CLIPTokenizer
+
+from pcr_export.deploy.parts import OnnxTextEncoder, OnnxUnet, OnnxVae, TensorRtUnet, vae_encoder
+from pcr_export.engine_settings import BACKENDS
+from pcr_export.engines.engine_folder import engine_targets, find_engine
+from pcr_export.engines.engine_record import read_engine_record
+from pcr_export.engines.flavours import gpu_target
+from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import read_json, read_model_index
+from pcr_export.models.pipelines import Pipeline
+
+TASKS = {"text-to-image": "Pipeline", "image-to-image": "Img2ImgPipeline", "inpainting": "InpaintPipeline"}
+
+
+def load_pipeline(
+    folder: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    target: str | None = None,
+    task: str = "text-to-image",
+    threads: int | None = None,
+) -> Pipeline:
+    """The diffusers pipeline of an exported folder, called as any other one; no torch weights are read.
+
+    Its class is that of model_index.json; `StableDiffusionXLImg2ImgPipeline(**pipeline.components)` and `from_pipe` work on it too.
+    Any scheduler and number of steps will do: a timestep takes the scales of the nearest calibrated step, and a schedule that
+    was not calibrated is warned of once (ScheduleWarning).
+
+    Args:
+        folder: what an export wrote, such as engines/sdxl-w8a8.
+        backend: of the UNet: "onnxruntime" (CPU), "tensorrt-rtx" or "tensorrt". The text encoders and the VAE run on the CPU.
+        target: the GPU whose engine is meant, such as "sm89"; None for this machine's.
+        task: "text-to-image", "image-to-image" or "inpainting".
+        threads: of each onnxruntime session; None for onnxruntime's choice.
+
+    Raises:
+        PcrExportError: the folder is no export, a part of it is missing or damaged, or the engine can't run here.
+    """
+    if task not in TASKS:
+        raise PcrExportError(f"task {task!r} is unknown: choose one of {', '.join(TASKS)}")
+    if backend not in BACKENDS:
+        raise PcrExportError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    folder = Path(folder)
+    engine = None if backend == "onnxruntime" else _engine_target(folder, backend, target)
+    if backend == "onnxruntime" and target is not None:
+        raise PcrExportError(f"target {target!r} is an engine's: give backend='tensorrt-rtx' or 'tensorrt' with it")
+    return load_exported_pipeline(folder, threads, engine=engine, task=task)
+
+
+def _engine_target(folder: Path, backend: str, target: str | None) -> str:
+    """The target whose engine runs here. Raises PcrExportError where there is none, or another backend built it."""
+    target = target or gpu_target()
+    if target is None:
+        there = ", ".join(engine_targets(folder)) or "none"
+        raise PcrExportError(
+            f"no CUDA GPU here for {backend} (engines there: {there}): use backend='onnxruntime', or copy {folder} to the GPU's machine"
+        )
+    built_by = read_engine_record(find_engine(folder, target).with_suffix(".json")).flavour
+    if built_by != backend:
+        raise PcrExportError(f"{folder} has an engine of {built_by} for {target}: give backend={built_by!r}")
+    return target
+
+
+def load_exported_pipeline(
+    folder: Path, threads: int | None = None, *, engine: str | None = None, task: str = "text-to-image"
+) -> Pipeline:
+    """The diffusers pipeline of an exported folder, its networks run by onnxruntime on the CPU; no torch weights are read.
+
+    Args:
+        folder: with model_index.json and the ONNX of every part.
+        threads: of each session; None for onnxruntime's choice.
+        engine: the target, such as "sm89", whose TensorRT engine runs the UNet on the GPU; None for onnxruntime. The text encoders
+            and the VAE stay on the CPU.
+        task: one of TASKS.
+
+    Raises:
+        PcrExportError: the folder is no export, a part of it is missing or damaged, or the engine can't run here.
+    """
+    if not folder.is_dir():
+        raise PcrExportError(f"{folder} is no folder: give one that an export wrote, such as engines/sdxl-w8a8")
+    index = read_model_index(folder)
+    if not (folder / "unet" / "model.onnx").is_file():
+        raise PcrExportError(
+            f"{folder} has no unet/model.onnx, so it is no exported folder: make one with `pcr-export {folder}`"
+        )
+    if task != "text-to-image":
+        vae_encoder(folder)
+    parts: dict[str, Any] = {
+        "unet": OnnxUnet(folder / "unet", threads) if engine is None else TensorRtUnet(folder, engine),
+        "vae": OnnxVae(folder, threads),
+        "text_encoder": OnnxTextEncoder(folder / "text_encoder", threads),
+        "tokenizer": _read_tokenizer(folder / "tokenizer"),
+        "scheduler": _read_scheduler(folder / "scheduler"),
+    }
+    if index["_class_name"] == "StableDiffusionXLPipeline":
+        parts |= {
+            "text_encoder_2": OnnxTextEncoder(folder / "text_encoder_2", threads),
+            "tokenizer_2": _read_tokenizer(folder / "tokenizer_2"),
+            "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
+            "add_watermarker": False,
+        }
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    class_name = index["_class_name"].removesuffix("Pipeline") + TASKS[task]
+    pipeline: Pipeline = getattr(diffusers, class_name)(**parts)
+    return pipeline
+
+
+def _read_tokenizer(folder: Path) -> CLIPTokenizer:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise PcrExportError(f"{folder / 'tokenizer.json'} is missing: export again")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PcrExportError(f"{folder} holds no readable tokenizer ({error}): export again") from error
+
+
+def _read_scheduler(folder: Path) -> Any:
+    config = read_json(folder / "scheduler_config.json")
+    name = str(config.get("_class_name"))
+    scheduler = getattr(diffusers, name, None)
+    if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+        raise PcrExportError(f"{folder} names {name}, which is no scheduler of diffusers: export again")
+    from_config: Any = getattr(scheduler, "from_config")  # noqa: B009 - diffusers mixes it in where types don't see it
+    return from_config(config)
