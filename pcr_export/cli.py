@@ -6,7 +6,9 @@ import contextlib
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,7 @@ from typer.core import TyperGroup
 
 from pcr_export import __version__, cli_folder
 from pcr_export.engine_settings import BACKENDS, EngineSettings
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, ScheduleWarning
 from pcr_export.progress import Advance
 from pcr_export.recipe import RANGES, REDUCTIONS, SCHEMES, WEIGHTS, Recipe
 from pcr_export.request import ExportRequest
@@ -68,6 +70,9 @@ Weights = Annotated[str, typer.Option(help=f"how they are rounded: {', '.join(WE
 Keep = Annotated[str, typer.Option(help="layers that keep 8-bit weights: how many, or mean bits such as 4.5bit")]
 WeightSamples = Annotated[int, typer.Option(help="UNet inputs that rounding is learned from")]
 WeightRounds = Annotated[int, typer.Option(help="of learning; each samples with the weights of the one before")]
+LoraFiles = Annotated[
+    list[str] | None, typer.Option("--lora", help="FILE[:SCALE], safetensors, fused into the model; may be repeated")
+]
 Iterations = Annotated[int, typer.Option(help="of --weights adaround, for each block")]
 StripEncoders = Annotated[
     bool, typer.Option("--strip-encoders", help="write the UNet alone: no text encoders, tokenizers or VAE")
@@ -119,6 +124,7 @@ def export(
             help="one more module path pattern that stays float; auto:4 for the four layers that need it most"
         ),
     ] = None,
+    lora: LoraFiles = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = Recipe.seed,
     resume: Annotated[bool, typer.Option(help="go on from what an earlier run of this command finished")] = True,
     validate: Annotated[bool, typer.Option(help="compare the artifact with its simulation and with FP32")] = True,
@@ -225,12 +231,14 @@ def evaluate(
     inception: Annotated[Path | None, typer.Option(help="InceptionV3 weights of torch-fidelity")] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP that judges: hub id or folder [default: by model]")] = None,
     model: Annotated[str | None, typer.Option(help="the float model, if not where the recipe says")] = None,
+    lora: LoraFiles = None,
     seed: Annotated[int | None, typer.Option(help="of the initial noise [default: the recipe's]")] = None,
     resume: Annotated[bool, typer.Option(help="keep images and scores that an earlier run finished")] = True,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tell more, and show tracebacks")] = False,
 ) -> None:
     """Run QDiffBench on an exported folder: images of both models, their scores, evaluation.json and report.html."""
     with console.status("importing torch and diffusers"):
+        from pcr_export.models.lora_file import parse_loras
         from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
         from pcr_export.qdiffbench.features import find_extractors
         from pcr_export.qdiffbench.workers import Workers
@@ -240,6 +248,7 @@ def evaluate(
         images=images,
         real=real,
         model=model,
+        lora=parse_loras(lora),
         seed=seed,
         workers=Workers(count=workers, threads=threads, address=address),
         resume=resume,
@@ -319,12 +328,21 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     try:
         app()
     except PcrExportError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except OSError as error:
         sys.exit(_fail(f"{error}: mend that, the same command goes on from here", 1))
+
+
+def _show_warning(others: Any, message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """The package's own warning as one line; those of libraries as they are shown elsewhere."""
+    if issubclass(category, ScheduleWarning):
+        errors.print(f"warning: {message}", markup=False, highlight=False)
+    else:
+        others(message, category, *where)
 
 
 def _fail(message: str, exit_code: int) -> int:

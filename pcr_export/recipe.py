@@ -31,6 +31,15 @@ COUNTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank updates that are added to the weights before anything else is done."""
+
+    name: str  # of the file, without its folder
+    sha256: str  # of its bytes
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a model is quantized. Two equal recipes on equal models and prompts give equal bytes."""
 
@@ -56,6 +65,7 @@ class Recipe:
     weight_samples: int = 1024  # UNet inputs, over all steps, that rounding is learned from
     weight_rounds: int = 1  # of learning, each on latents that the weights of the round before made
     adaround_iterations: int = 500  # of each block
+    lora: tuple[Lora, ...] = ()  # fused into the model, in this order
     skip: tuple[str, ...] = (
         SKIPPED_BY_DEFAULT  # module path patterns (fnmatch) that stay float; "auto:4": four more, searched
     )
@@ -122,6 +132,7 @@ LATER_SETTINGS = {  # that came after results were published, at the values that
     "weight_samples": 1024,
     "weight_rounds": 1,
     "adaround_iterations": 500,
+    "lora": (),
 }
 
 
@@ -138,7 +149,11 @@ def recipe_from_json(text: str) -> Recipe:
     names = {field.name for field in fields(Recipe)}
     if not isinstance(values, dict) or not names - set(LATER_SETTINGS) <= set(values) <= names:
         raise PcrExportError("the recipe was written by another version of pcr-export: export again")
-    return Recipe(**{**values, "skip": tuple(values["skip"])})
+    try:
+        lora = tuple(Lora(**each) for each in values.get("lora", ()))
+        return Recipe(**{**values, "skip": tuple(values["skip"]), "lora": lora})
+    except TypeError as error:
+        raise PcrExportError(f"the recipe is damaged ({error}): export again") from error
 
 
 def read_recipe(folder: Path) -> Recipe:

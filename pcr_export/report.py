@@ -94,7 +94,12 @@ def make_report(
     return {
         "format": FORMAT,
         "model": recipe.model,
-        "recipe": {**vars(recipe), "skip": list(recipe.skip), "hash": recipe.hash()},
+        "recipe": {
+            **vars(recipe),
+            "skip": list(recipe.skip),
+            "lora": [vars(lora) for lora in recipe.lora],
+            "hash": recipe.hash(),
+        },
         "environment": environment(),
         "calibration": dict(calibration),
         "relaxed": dict(relaxed),

@@ -10,6 +10,7 @@ from typing import Any
 from pcr_export.engine_settings import EngineSettings, parse_range
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, resolve
+from pcr_export.models.lora_file import parse_loras
 from pcr_export.prompts import own_prompt_sets, read_prompts
 from pcr_export.recipe import Recipe, parse_bits
 
@@ -55,6 +56,7 @@ class ExportRequest:
     weight_rounds: int
     adaround_iterations: int
     skip: list[str] | None
+    lora: list[str] | None  # FILE or FILE:SCALE
     seed: int
     resume: bool
     validate: bool
@@ -68,7 +70,8 @@ class ExportRequest:
             "height": parse_range("--height", self.height)[1] if self.height else None,
             "width": parse_range("--width", self.width)[1] if self.width else None,
         }
-        return replace(resolve(self.model), **{name: value for name, value in asked.items() if value is not None})
+        given = {name: value for name, value in asked.items() if value is not None}
+        return replace(resolve(self.model), lora=parse_loras(self.lora), **given)
 
     def engines(self) -> EngineSettings:
         """The engines that were asked for."""
@@ -148,6 +151,7 @@ class ExportRequest:
             weight_rounds=self.weight_rounds,
             adaround_iterations=self.adaround_iterations,
             skip=(*Recipe.skip, *(self.skip or ())),
+            lora=tuple(lora.facts() for lora in entry.lora),
             calib_size=min(self.calib_size, num_prompts),
             calib_batch=max(1, CALIBRATION_PIXELS_PER_CALL // pixels) if self.calib_batch is None else self.calib_batch,
             seed=self.seed,
@@ -166,6 +170,7 @@ class ExportRequest:
         rows = [(name, own if (value := getattr(entry, name)) is None else str(value)) for name in sampling]
         asked = ("bits", "scheme", "ranges", "affine", "relax", "relax_bits", "calib_batch", "seed")
         rows += [(name, own if (value := getattr(self, name)) is None else str(value)) for name in asked]
+        rows += [("lora", f"{lora.path} x {lora.scale:g}") for lora in entry.lora]
         return [
             *rows,
             ("calibration prompts", f"{min(self.calib_size, len(calibration))} of {len(calibration)}"),

@@ -78,7 +78,7 @@ class Study:
         pipeline = self.model.pipeline
         names = ("unet", "text_encoder", "text_encoder_2", "vae")
         parts = [part for name in names if (part := getattr(pipeline, name, None)) is not None]
-        sampling = asdict(settings_of(self.base))
+        sampling = {name: value for name, value in asdict(settings_of(self.base)).items() if name != "lora"}
         scheduler = json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str)
         return key_hash({"weights": hash_weights(*parts), "scheduler": scheduler, "sampling": json.dumps(sampling)})
 

@@ -1,5 +1,6 @@
 """The command line on small random pipelines: the whole job, its refusals, and a run killed in the middle."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -9,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from models.small_lora import random_updates, save_as_diffusers
 from models.tiny_pipelines import tiny_sd, tiny_sdxl
 from PIL import Image
 
 from pcr_export.cli import main
+from pcr_export.models.catalog import resolve
+from pcr_export.models.load import load_pipeline
 
 SMALL = ("--steps", "4", "--calib-size", "4", "--images", "3", "--height", "16", "--width", "16")
 
@@ -63,6 +67,27 @@ def test_the_main_job(make, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "picture.png"
     assert run(monkeypatch, "generate", folder, "a cat", "--seed", "1", "-o", picture) == 0
     assert Image.open(picture).size == (16, 16)
+    assert capsys.readouterr().err == ""
+    assert run(monkeypatch, "generate", folder, "a cat", "--steps", "3", "-o", picture) == 0
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("warning: timestep ")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_a_lora_is_fused_and_kept_in_the_recipe(sdxl_folder, tmp_path, monkeypatch, capsys):
+    lora = tmp_path / "style.safetensors"
+    save_as_diffusers(random_updates(load_pipeline(resolve(str(sdxl_folder)))), lora)
+    options = ("--steps", "2", "--calib-size", "2", "--no-validate", "--out", tmp_path)
+    assert run(monkeypatch, sdxl_folder, *options, "--lora", f"{lora}:0.5") == 0
+    folder = tmp_path / "random-sdxl-w8a8"
+    written = json.loads((folder / "recipe.json").read_text())["lora"]
+    assert [each["name"] for each in written] == ["style.safetensors"]
+    assert [each["scale"] for each in written] == [0.5]
+    parts = ("unet", "text_encoder", "text_encoder_2", "vae_decoder")
+    with_lora = {name: (folder / name / "model.onnx_data").read_bytes() for name in parts}
+    assert run(monkeypatch, sdxl_folder, *options) == 0  # everything that depends on it is made again
+    changed = {name for name, data in with_lora.items() if (folder / name / "model.onnx_data").read_bytes() != data}
+    assert changed == {"unet", "text_encoder", "text_encoder_2"}
 
 
 def test_dry_run_writes_nothing(sdxl_folder, tmp_path, monkeypatch, capsys):
@@ -107,6 +132,7 @@ def test_folder_without_a_pipeline(tmp_path, monkeypatch, capsys):
         ("--backend", "trt", "choose one of onnxruntime, tensorrt-rtx, tensorrt"),
         ("--backend", "tensorrt", "build on another machine with the trtexec line"),
         ("--backend", "tensorrt-rtx", "name the GPUs, --target sm"),
+        ("--lora", "nowhere.safetensors:0.5", "is no file: write FILE or FILE:SCALE"),
         ("--target", "sm89", "say --backend tensorrt-rtx"),
     ],
 )

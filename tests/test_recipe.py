@@ -5,14 +5,15 @@ import json
 import pytest
 
 from pcr_export.errors import PcrExportError
-from pcr_export.recipe import LATER_SETTINGS, Recipe, parse_bits, parse_keep, read_recipe, recipe_from_json
+from pcr_export.recipe import LATER_SETTINGS, Lora, Recipe, parse_bits, parse_keep, read_recipe, recipe_from_json
 from pcr_export.relaxed_steps import parse_relaxed_steps
 
+LORA = Lora(name="style.safetensors", sha256="0" * 64, scale=0.5)
 SETTINGS = {"model": "tiny-sdxl", "num_inference_steps": 20, "guidance_scale": 4.5, "height": 64, "width": 64}
 
 
 def test_json_goes_both_ways():
-    recipe = Recipe(**SETTINGS, relax="first:20%", skip=("conv_in",))
+    recipe = Recipe(**SETTINGS, relax="first:20%", skip=("conv_in",), lora=(LORA, LORA))
     assert recipe_from_json(recipe.to_json()) == recipe
 
 
@@ -32,6 +33,7 @@ def test_every_setting_changes_the_hash():
         "smooth_quant": 0.5,
         "weights": "gptq",
         "keep": "4",
+        "lora": (LORA,),
     }
     companions = {
         "observed_steps": {"scheme": "static"},
@@ -44,6 +46,13 @@ def test_every_setting_changes_the_hash():
         plain = dataclasses.replace(recipe, **companions.get(field.name, {}))
         changed = dataclasses.replace(plain, **{field.name: change})
         assert changed.hash() != plain.hash(), field.name
+
+
+@pytest.mark.parametrize("change", [{"name": "other.safetensors"}, {"sha256": "1" * 64}, {"scale": 0.6}])
+def test_everything_of_a_lora_changes_the_hash(change):
+    recipe = Recipe(**SETTINGS, lora=(LORA,))
+    changed = dataclasses.replace(recipe, lora=(dataclasses.replace(LORA, **change),))
+    assert changed.hash() != recipe.hash()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +83,13 @@ def test_bad_settings_say_what_to_write(change, match):
 def test_damaged_recipe_is_refused(text):
     with pytest.raises(PcrExportError, match="export again"):
         recipe_from_json(text)
+
+
+def test_damaged_lora_in_a_recipe_is_refused():
+    values = json.loads(Recipe(**SETTINGS).to_json())
+    for lora in ([{"name": "x"}], ["x"], 5):
+        with pytest.raises(PcrExportError, match=r"the recipe is damaged .*: export again"):
+            recipe_from_json(json.dumps({**values, "lora": lora}))
 
 
 def test_bits():

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from pcr_export.errors import PcrExportError
+from pcr_export.models.lora_file import LoraFile
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 REFERENCE_MODEL = Path(__file__).parent / "reference" / "tiny-sdxl"
@@ -44,6 +45,7 @@ class CatalogEntry:
     unet: str | None = None  # hub id of a UNet that replaces the pipeline's
     revision: str | None = None
     variant: str | None = None  # of the weight files, e.g. fp16
+    lora: tuple[LoraFile, ...] = ()  # fused into the weights, in this order
 
     @property
     def is_local(self) -> bool:

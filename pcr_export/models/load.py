@@ -19,6 +19,7 @@ from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, fill_in, read_model_index, resolve
 from pcr_export.models.check_folder import check_folder, weight_variant
 from pcr_export.models.denoiser import Denoiser
+from pcr_export.models.fuse_lora import fuse_lora
 from pcr_export.models.pipelines import Pipeline, denoiser_from_pipeline
 
 
@@ -88,9 +89,14 @@ def load_pipeline(entry: CatalogEntry) -> Pipeline:
         pipeline.register_modules(unet=_read_unet(entry.unet, entry))
     if entry.scheduler is not None:
         pipeline.register_modules(scheduler=make_scheduler(entry.scheduler, pipeline.scheduler))
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.float().eval().requires_grad_(False)
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    for part in parts:
+        part.float()
+    for lora in entry.lora:
+        with quiet():
+            fuse_lora(pipeline, lora)
+    for part in parts:
+        part.eval().requires_grad_(False)
     return pipeline
 
 

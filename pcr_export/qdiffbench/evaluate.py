@@ -16,6 +16,7 @@ import torch
 from pcr_export import __version__
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import resolve
+from pcr_export.models.lora_file import LoraFile
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import own_prompt_sets, prompt_seeds, read_prompts
 from pcr_export.qdiffbench.features import Extractors
@@ -56,6 +57,7 @@ class Evaluation:
     images: int | None = None  # of each domain, for the first prompts of its file; None: for all
     real: Path | None = None  # a folder of real images, for another Frechet distance
     model: str | None = None  # where the float model is found; None: as the recipe names it
+    lora: tuple[LoraFile, ...] = ()  # the files that the export fused into the model
     seed: int | None = None  # of the initial noise; None: the recipe's
     workers: Workers = field(default_factory=Workers)
     resume: bool = True
@@ -77,10 +79,17 @@ class Evaluation:
     @cached_property
     def settings(self) -> ModelSettings:
         """The float model; a folder by its absolute path, which other processes find too."""
-        settings = settings_of(self.recipe)
+        settings = replace(settings_of(self.recipe), lora=self._recipe_lora())
         entry = resolve(self.model or settings.model)
         named = self.model or settings.model
         return replace(settings, model=str(Path(entry.source).resolve()) if Path(named).is_dir() else named)
+
+    def _recipe_lora(self) -> tuple[LoraFile, ...]:
+        """The LoRA files, which must be those of the recipe: without them the float model is another one."""
+        if tuple(lora.facts() for lora in self.lora) != self.recipe.lora:
+            words = " ".join(f"--lora {lora.name}:{lora.scale:g}" for lora in self.recipe.lora) or "no --lora"
+            raise PcrExportError(f"{self.folder} was exported with {words}: give the same files to evaluate")
+        return tuple(replace(lora, path=lora.path.resolve()) for lora in self.lora)
 
     @property
     def source(self) -> str:
@@ -222,9 +231,12 @@ def _common_key(evaluation: Evaluation, domain: Domain) -> Key:
 def _model_key(settings: ModelSettings) -> Key:
     """The float model and its sampling: the files of a folder, or the name and revision of a model of the hub."""
     entry = resolve(settings.model)
-    sampling = {name: str(value) for name, value in asdict(settings).items() if name != "model"}
+    sampling = {name: str(value) for name, value in asdict(settings).items() if name not in ("model", "lora")}
+    if settings.lora:
+        sampling["lora"] = str([lora.facts() for lora in settings.lora])
     if not entry.is_local:
-        return {**sampling, "model": json.dumps(asdict(entry))}
+        facts = {name: value for name, value in asdict(entry).items() if name != "lora"}
+        return {**sampling, "model": json.dumps(facts)}
     folder = Path(entry.source)
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     return {**sampling, "model": _hash_files(folder, files)}

@@ -21,6 +21,7 @@ from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import resolve
 from pcr_export.models.denoiser import Denoiser, Inputs, sample
 from pcr_export.models.load import load_model
+from pcr_export.models.lora_file import LoraFile
 from pcr_export.progress import Track, silent
 from pcr_export.qdiffbench.images import missing_chunks, to_uint8, write_chunk
 from pcr_export.qdiffbench.workers import ONE_PROCESS, Part, Workers, compute_parts, torch_threads
@@ -72,11 +73,12 @@ class ModelSettings:
     guidance_scale: float
     height: int  # pixels
     width: int  # pixels
+    lora: tuple[LoraFile, ...] = ()  # fused into it
 
     def load(self) -> Denoiser:
         """The float model as a Denoiser."""
         names = ("num_inference_steps", "guidance_scale", "height", "width")
-        entry = replace(resolve(self.model), **{name: getattr(self, name) for name in names})
+        entry = replace(resolve(self.model), lora=self.lora, **{name: getattr(self, name) for name in names})
         return load_model(entry).denoiser()
 
 

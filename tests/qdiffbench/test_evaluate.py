@@ -9,11 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from exported_tiny_sdxl import ONE_THREAD
+from safetensors.numpy import save_file
 
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import check_files, read_manifest
+from pcr_export.models.lora_file import LoraFile
 from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
 from pcr_export.qdiffbench.features import find_extractors
 from pcr_export.qdiffbench.workers import Workers
@@ -36,6 +39,20 @@ def judge(evaluation: Evaluation) -> tuple[dict, list[str]]:
     lines: list[str] = []
     extractors = find_extractors(evaluation.source)
     return evaluate_folder(replace(evaluation, log=lines.append), extractors), lines
+
+
+def test_a_fused_lora_has_to_be_given_again(evaluation, tmp_path):
+    lora = LoraFile(tmp_path / "style.safetensors", 0.5)
+    save_file({"unet.conv_in.lora_A.weight": np.ones((1, 1), np.float32)}, lora.path)
+    assert evaluation.settings.lora == ()
+    recipe = replace(evaluation.recipe, lora=(lora.facts(),))
+    (evaluation.folder / "recipe.json").write_text(recipe.to_json())
+    assert replace(evaluation, lora=(lora,)).settings.lora == (lora,)
+    for wrong in ((), (replace(lora, scale=1.0),), (lora, lora)):
+        with pytest.raises(
+            PcrExportError, match=r"was exported with --lora style\.safetensors:0\.5: give the same files"
+        ):
+            _ = replace(evaluation, lora=wrong).settings
 
 
 def times(folder: Path) -> dict[str, int]:
