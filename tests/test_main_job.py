@@ -1,12 +1,14 @@
 """The main job on the trained reference model, as a user runs it. Minutes: `pytest -m slow`."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -69,6 +71,21 @@ def test_picture_from_the_folder_alone(exported, tmp_path):
     arguments = ["generate", str(exported), prompt, "--seed", "1", "-o", str(picture)]
     subprocess.run([sys.executable, "-m", "pcr_export", *arguments], check=True, capture_output=True)
     assert Image.open(picture).size == (64, 64)
+
+
+def test_the_readme_draws_the_same_picture_in_diffusers(exported, tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_pipeline(" in each]
+    (tmp_path / "engines").symlink_to(exported.parent)
+    program = f"{block}\nimage.save('diffusers.png'); redrawn.save('redrawn.png')\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stderr.count("ScheduleWarning: timestep") == 1
+    arguments = ["generate", str(exported), "a red circle above a blue square", "--seed", "1", "-o", "generate.png"]
+    subprocess.run([sys.executable, "-m", "pcr_export", *arguments], cwd=tmp_path, check=True, capture_output=True)
+    pictures = {name: np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("diffusers", "generate", "redrawn")}
+    assert np.array_equal(pictures["diffusers"], pictures["generate"])
+    assert pictures["redrawn"].shape == (64, 64, 3)
+    assert not np.array_equal(pictures["redrawn"], pictures["diffusers"])
 
 
 def test_engines_for_three_gpus_are_int8_site_by_site(exported):

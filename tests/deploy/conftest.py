@@ -40,35 +40,43 @@ unet (float[batch, 4, height, width] sample, float timestep, float[batch, 16, 32
 """
 
 
-def export_float(source: Path, out: Path) -> ExportedFolder:
-    """An exported folder whose UNet is the float one, so that it can be compared with torch."""
-    model = load_model(resolve(str(source)))
-    write_pipeline_folder(model.pipeline, out)
+def write_float_unet(model: LoadedModel, folder: Path) -> None:
+    """The UNet as it is, so that what is drawn can be compared with torch."""
     denoiser = model.denoiser()
     example = next(denoiser.walk(["a", "b"], [0, 1]))
-    export_float_onnx(denoiser, example, out / "unet" / "model.onnx")
-    return ExportedFolder(model, out)
+    export_float_onnx(denoiser, example, folder / "unet" / "model.onnx")
+
+
+def write_other_parts(model: LoadedModel, sdxl: ExportedFolder, folder: Path) -> None:
+    """What `write_pipeline_folder` writes of an SD 1.x pipeline; the same seed made SDXL's VAE, which is not traced again."""
+    for half in ("vae_encoder", "vae_decoder"):
+        shutil.copytree(sdxl.folder / half, folder / half)
+    write_configs(model.pipeline, folder)
+    export_text_encoder(model.pipeline.text_encoder, TOKENS, folder / "text_encoder" / "model.onnx")
 
 
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
     folder = tmp_path_factory.mktemp("sdxl")
-    return export_float(tiny_sdxl(folder / "source"), folder / "exported")
+    model = load_model(resolve(str(tiny_sdxl(folder / "source"))))
+    write_pipeline_folder(model.pipeline, folder / "exported")
+    write_float_unet(model, folder / "exported")
+    return ExportedFolder(model, folder / "exported")
 
 
 @pytest.fixture(scope="session")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
+def sd(sdxl: ExportedFolder, tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
     folder = tmp_path_factory.mktemp("sd")
-    return export_float(tiny_sd(folder / "source"), folder / "exported")
+    model = load_model(resolve(str(tiny_sd(folder / "source"))))
+    write_other_parts(model, sdxl, folder / "exported")
+    write_float_unet(model, folder / "exported")
+    return ExportedFolder(model, folder / "exported")
 
 
 @pytest.fixture(scope="session")
 def lcm(sdxl: ExportedFolder, tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
     folder = tmp_path_factory.mktemp("lcm")
     model = load_model(resolve(str(tiny_sd(folder / "source", scheduler="LCMScheduler", time_cond_proj_dim=24))))
-    for half in ("vae_encoder", "vae_decoder"):  # the same seed made the same VAE
-        shutil.copytree(sdxl.folder / half, folder / "exported" / half)
-    write_configs(model.pipeline, folder / "exported")
-    export_text_encoder(model.pipeline.text_encoder, TOKENS, folder / "exported" / "text_encoder" / "model.onnx")
+    write_other_parts(model, sdxl, folder / "exported")
     onnx.save(onnx.parser.parse_model(TOY_UNET), folder / "exported" / "unet" / "model.onnx")
     return ExportedFolder(model, folder / "exported")

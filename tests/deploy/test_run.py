@@ -13,7 +13,7 @@ from deploy.conftest import ExportedFolder
 from engines.small_qdq import save_small_graph
 
 from pcr_export.deploy.parts import ExportedUnet
-from pcr_export.deploy.pipeline import load_exported_pipeline
+from pcr_export.deploy.pipeline import load_exported_pipeline, load_pipeline
 from pcr_export.deploy.run import generate, load_exported_model
 from pcr_export.engines.build_request import BuildRequest
 from pcr_export.engines.engine_folder import tensorrt_onnx
@@ -185,6 +185,10 @@ def test_an_engine_without_a_gpu_says_what_to_do(copy: Path) -> None:
     build_engine(request)
     with pytest.raises(PcrExportError, match="no CUDA GPU here: run the onnxruntime engine, or copy the folder"):
         load_exported_pipeline(copy, engine="sm89")
+    with pytest.raises(PcrExportError, match="no CUDA GPU here: run the onnxruntime engine"):
+        load_pipeline(copy, backend="tensorrt-rtx", target="sm89")
+    with pytest.raises(PcrExportError, match="has an engine of tensorrt-rtx for sm89: give backend='tensorrt-rtx'"):
+        load_pipeline(copy, backend="tensorrt", target="sm89")
     assert load_exported_pipeline(copy, threads=1).unet is not None  # which still has its own graph
 
 

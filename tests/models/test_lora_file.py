@@ -59,9 +59,14 @@ def test_damaged_file(file: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
-def test_pickles_are_refused_with_the_command_that_converts_them(file: Path, suffix: str) -> None:
-    pickled = file.with_name(f"old{suffix}")
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".PTH", ""])
+def test_what_is_no_safetensors_file_is_not_read(file: Path, suffix: str) -> None:
+    with pytest.raises(PcrExportError, match="is no safetensors file and is not read: convert it"):
+        parse_lora(str(file.rename(file.with_name(f"old{suffix}"))))
+
+
+def test_pickles_are_refused_with_the_command_that_converts_them(file: Path) -> None:
+    pickled = file.with_name("old.bin")
     torch.save({"unet.conv_in.lora_A.weight": torch.ones(2, 3).T}, pickled)
     with pytest.raises(PcrExportError, match="is no safetensors file and is not read: convert it") as caught:
         parse_lora(f"{pickled}:0.5")
