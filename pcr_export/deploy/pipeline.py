@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
 from transformers import CLIPTokenizer
 
 from pcr_export.deploy.parts import OnnxTextEncoder, OnnxUnet, OnnxVae, TensorRtUnet, vae_encoder
@@ -71,7 +73,12 @@ def _engine_target(folder: Path, backend: str, target: str | None) -> str:
 
 
 def load_exported_pipeline(
-    folder: Path, threads: int | None = None, *, engine: str | None = None, task: str = "text-to-image"
+    folder: Path,
+    threads: int | None = None,
+    *,
+    engine: str | None = None,
+    task: str = "text-to-image",
+    network: Callable[[str], nn.Module] | None = None,
 ) -> Pipeline:
     """The diffusers pipeline of an exported folder, its networks run by onnxruntime on the CPU; no torch weights are read.
 
@@ -81,6 +88,7 @@ def load_exported_pipeline(
         engine: the target, such as "sm89", whose TensorRT engine runs the UNet on the GPU; None for onnxruntime. The text encoders
             and the VAE stay on the CPU.
         task: one of TASKS.
+        network: gives the part of a name ("unet", "vae_decoder", "text_encoder", "text_encoder_2") in place of all of these.
 
     Raises:
         PcrExportError: the folder is no export, a part of it is missing or damaged, or the engine can't run here.
@@ -94,16 +102,23 @@ def load_exported_pipeline(
         )
     if task != "text-to-image":
         vae_encoder(folder)
+
+    def own_network(name: str) -> nn.Module:
+        if name == "unet":
+            return OnnxUnet(folder / name, threads) if engine is None else TensorRtUnet(folder, engine)
+        return OnnxVae(folder, threads) if name == "vae_decoder" else OnnxTextEncoder(folder / name, threads)
+
+    network = network or own_network
     parts: dict[str, Any] = {
-        "unet": OnnxUnet(folder / "unet", threads) if engine is None else TensorRtUnet(folder, engine),
-        "vae": OnnxVae(folder, threads),
-        "text_encoder": OnnxTextEncoder(folder / "text_encoder", threads),
+        "unet": network("unet"),
+        "vae": network("vae_decoder"),
+        "text_encoder": network("text_encoder"),
         "tokenizer": _read_tokenizer(folder / "tokenizer"),
         "scheduler": _read_scheduler(folder / "scheduler"),
     }
     if index["_class_name"] == "StableDiffusionXLPipeline":
         parts |= {
-            "text_encoder_2": OnnxTextEncoder(folder / "text_encoder_2", threads),
+            "text_encoder_2": network("text_encoder_2"),
             "tokenizer_2": _read_tokenizer(folder / "tokenizer_2"),
             "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
             "add_watermarker": False,

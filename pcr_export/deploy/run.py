@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from pcr_export.deploy.pipeline import load_exported_pipeline
 from pcr_export.models.catalog import CatalogEntry, fill_in
@@ -50,13 +52,22 @@ def generate(
     return to_uint8(denoiser.decode(sample(denoiser, denoiser, [prompt], [seed])))[0]
 
 
-def load_exported_model(folder: Path, threads: int | None = None, *, engine: str | None = None) -> LoadedModel:
+def load_exported_model(
+    folder: Path,
+    threads: int | None = None,
+    *,
+    engine: str | None = None,
+    network: Callable[[str], nn.Module] | None = None,
+) -> LoadedModel:
     """An exported folder as a model: its pipeline, and the sampling settings of its recipe (without one, its class's common ones).
+
+    Args:
+        threads, engine, network: as `load_exported_pipeline` takes them.
 
     Raises:
         PcrExportError: as `load_exported_pipeline` does, or the recipe is damaged.
     """
-    pipeline = load_exported_pipeline(folder, threads, engine=engine)
+    pipeline = load_exported_pipeline(folder, threads, engine=engine, network=network)
     entry = CatalogEntry(name=folder.resolve().name, source=str(folder))
     if (folder / "recipe.json").is_file():
         recipe = read_recipe(folder)

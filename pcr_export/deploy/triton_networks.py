@@ -1,0 +1,60 @@
+"""The networks of an exported pipeline as calls of other models: what `pipeline` asks its Triton server for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor, nn
+
+from pcr_export.deploy.parts import ExportedUnet, OnnxPart, OnnxTextEncoder, OnnxVae
+from pcr_export.deploy.triton_config import read_config
+from pcr_export.deploy.triton_repository import REPOSITORY
+from pcr_export.models.catalog import read_json
+
+Arrays = dict[str, np.ndarray]
+CallModel = Callable[[str, Arrays, list[str]], Arrays]  # (model, its inputs, names of its outputs) -> the outputs
+
+
+def served_network(folder: Path, name: str, call: CallModel) -> nn.Module:
+    """The part `name` ("unet", "text_encoder", "text_encoder_2", "vae_decoder") of the exported `folder`, run by `call`.
+
+    Raises:
+        PcrExportError: its configuration is missing or damaged.
+    """
+    run = _Run(folder, name, call)
+    if name == "unet":
+        return ExportedUnet(folder / name, lambda inputs: run(inputs)[run.outputs[0]])
+    return _ServedVae(folder / name, run) if name == "vae_decoder" else _ServedTextEncoder(folder / name, run)
+
+
+class _Run:
+    def __init__(self, folder: Path, name: str, call: CallModel) -> None:
+        config = read_config(folder / REPOSITORY / name / "config.pbtxt")
+        self.name, self.call, self.outputs = name, call, list(config.outputs)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        # a scalar is [1] to Triton
+        arrays = {name: np.atleast_1d(tensor.contiguous().numpy()) for name, tensor in inputs.items()}
+        return {name: torch.from_numpy(array) for name, array in self.call(self.name, arrays, self.outputs).items()}
+
+
+class _ServedPart(OnnxPart):
+    def __init__(self, folder: Path, run: _Run) -> None:
+        nn.Module.__init__(self)  # no session of its own
+        self.config = FrozenDict(read_json(folder / "config.json"))
+        self.call_model = run
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.call_model(inputs)
+
+
+class _ServedTextEncoder(_ServedPart, OnnxTextEncoder):
+    pass
+
+
+class _ServedVae(_ServedPart, OnnxVae):
+    pass
