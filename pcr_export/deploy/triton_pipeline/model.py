@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in given.items()}
         folder = Path(args["model_repository"]).parents[1]
         self.model = load_served_model(folder, parameters, _call_model)
-        self.server = os.getppid()
+        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """A response for every request; an error goes to the client that it belongs to."""
@@ -42,16 +44,17 @@ class TritonPythonModel:
             except PcrExportError as error:
                 responses[i] = _error(error, pb_utils.TritonError.INVALID_ARG)
         owners = list(asked)
-
-        def is_cancelled(i: int) -> bool:
-            return (
-                os.getppid() != self.server or requests[owners[i]].is_cancelled()
-            )  # a server that is gone waits for nothing
-
-        results = paint_requests(self.model, list(asked.values()), is_cancelled)
+        results = paint_requests(self.model, list(asked.values()), lambda i: requests[owners[i]].is_cancelled())
         for i, result in zip(owners, results, strict=True):
             responses[i] = _response(result)
         return [responses[i] for i in range(len(requests))]
+
+
+def _leave_with(server: int) -> None:
+    """End this process when its server is gone: one that exits in mid-request leaves the stub waiting for it for ever."""
+    while os.getppid() == server:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _call_model(name: str, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
