@@ -10,12 +10,15 @@ from pathlib import Path
 from pcr_export.deploy.triton_config import (
     ONNXRUNTIME,
     PYTHON,
+    TENSORRT,
     ModelConfig,
     differences,
     onnx_ports,
     read_config,
     write_config,
 )
+from pcr_export.deploy.triton_plan import find_plans, plan_onnx, write_plan_onnx
+from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.errors import PcrExportError
 from pcr_export.stages import write_bytes
 
@@ -38,16 +41,21 @@ def write_triton_repository(folder: Path) -> None:
     beside the file that it finds behind the link, and Triton takes a folder of that name for a model with external data. The
     repository moves with its folder: copied with links as links it stays small, copied with links followed it is whole.
 
+    Where TensorRT's dialect of the UNet was written, the graph for Triton's plans is too; plans that lie in `unet/1` (sm89.plan)
+    are served in place of the ONNX.
+
     Raises:
         PcrExportError: a network is missing or damaged.
         OSError: the folder can't be written to.
     """
+    if tensorrt_onnx(folder).is_file():
+        write_plan_onnx(folder)
     for config in expected_configs(folder):
         home = folder / REPOSITORY / config.name
         write_config(home / "config.pbtxt", config, PIPELINE_NOTE if config.name == PIPELINE else "")
         if config.name == PIPELINE:
             write_bytes(home / "1" / "model.py", PIPELINE_CODE.read_bytes())
-        else:
+        elif config.backend == ONNXRUNTIME:
             _link(home / "1" / "model.onnx", folder / config.name)
     check_triton_repository(folder)
 
@@ -72,11 +80,7 @@ def expected_configs(folder: Path) -> Iterator[ModelConfig]:
     for name in NETWORKS:
         if name == "text_encoder_2" and not (folder / name).exists():
             continue  # only SDXL has two
-        inputs, outputs = onnx_ports(folder / name / "model.onnx")
-        # the UNet's integer products have kernels on the CPU only
-        yield ModelConfig(
-            name=name, backend=ONNXRUNTIME, max_batch_size=0, inputs=inputs, outputs=outputs, cpu=name == "unet"
-        )
+        yield _network_config(folder, name)
     yield ModelConfig(
         name=PIPELINE,
         backend=PYTHON,
@@ -96,6 +100,20 @@ def expected_configs(folder: Path) -> Iterator[ModelConfig]:
     )
 
 
+def _network_config(folder: Path, name: str) -> ModelConfig:
+    plans = find_plans(folder / REPOSITORY / name / "1") if name == "unet" else {}
+    inputs, outputs = onnx_ports(plan_onnx(folder) if plans else folder / name / "model.onnx")
+    return ModelConfig(
+        name=name,
+        backend=TENSORRT if plans else ONNXRUNTIME,
+        max_batch_size=0,
+        inputs=inputs,
+        outputs=outputs,
+        cpu=name == "unet" and not plans,  # its integer products have kernels on the CPU only
+        plans=plans,
+    )
+
+
 def _faults(folder: Path, config: ModelConfig) -> list[str]:
     home = folder / REPOSITORY / config.name
     faults = differences(read_config(home / "config.pbtxt"), config)
@@ -103,6 +121,8 @@ def _faults(folder: Path, config: ModelConfig) -> list[str]:
         code = home / "1" / "model.py"
         if not code.is_file() or code.read_bytes() != PIPELINE_CODE.read_bytes():
             faults.append("1/model.py is not this version's")
+        return faults
+    if config.backend == TENSORRT:
         return faults
     file, original = home / "1" / "model.onnx" / "model.onnx", folder / config.name / "model.onnx"
     if not file.is_file() or (not file.samefile(original) and file.read_bytes() != original.read_bytes()):
