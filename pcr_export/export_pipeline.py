@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from pcr_export.deploy.folder import unet_files, write_pipeline_folder, write_unet_folder, written_files
-from pcr_export.deploy.triton_repository import write_triton_repository
+from pcr_export.deploy.triton_repository import REPOSITORY, write_triton_repository
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.export import finish, hash_weights, make_folder, quantize_denoiser
 from pcr_export.export_engines import check_engines
@@ -59,7 +60,10 @@ def export_pipeline(
         unet_files(job.folder) if strip_encoders else written_files(model.pipeline, job.folder),
         lambda: _package(job, model, strip_encoders),
     )
-    write_triton_repository(job.folder)
+    if strip_encoders:
+        shutil.rmtree(job.folder / REPOSITORY, ignore_errors=True)  # which would have no text encoders to name
+    else:
+        write_triton_repository(job.folder)
     validation = {}
     if job.validate:
         fidelity = validate_artifact(job, exported)
