@@ -50,6 +50,8 @@ def write_triton_repository(folder: Path) -> None:
     """
     if tensorrt_onnx(folder).is_file():
         write_plan_onnx(folder)
+    else:
+        plan_onnx(folder).unlink(missing_ok=True)  # of older scales
     for config in expected_configs(folder):
         home = folder / REPOSITORY / config.name
         write_config(home / "config.pbtxt", config, PIPELINE_NOTE if config.name == PIPELINE else "")

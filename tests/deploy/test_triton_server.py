@@ -82,6 +82,32 @@ def test_server_reads_the_config_as_we_do(server: LocalTriton, folder: Path) -> 
     assert (answer["backend"], answer["max_batch_size"]) == (ours.backend, ours.max_batch_size)
 
 
+PARSE = """
+import sys
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+for path in sys.argv[1:]:
+    config = text_format.Parse(open(path).read(), ModelConfig())
+    print(config.name, config.platform or config.backend, *(f"{value.name}={list(value.dims)}" for value in config.input))
+"""
+
+
+def test_tritons_own_proto_reads_every_config(folder: Path, tmp_path: Path) -> None:
+    assert PACKAGES is not None
+    paths = [folder / "triton" / name / "config.pbtxt" for name in NETWORKS]
+    plan = replace(read_config(paths[0]), backend="tensorrt", plans={"8.9": "sm89.plan"})
+    write_config(tmp_path / "config.pbtxt", plan)
+    command = [PACKAGES.parents[2] / "bin" / "python", "-c", PARSE, *paths, tmp_path / "config.pbtxt"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[0].startswith("unet onnxruntime sample=[-1, 4, -1, -1] timestep=[1] ")
+    assert lines[1:4] == [
+        "text_encoder onnxruntime input_ids=[-1, 16]",
+        "text_encoder_2 onnxruntime input_ids=[-1, 16]",
+        "vae_decoder onnxruntime latent_sample=[-1, 4, -1, -1]",
+    ]
+    assert lines[4].startswith("unet tensorrt_plan sample=[-1, 4, -1, -1] timestep=[1] ")
+
+
 def test_image_is_that_of_generate(server: LocalTriton, folder: Path) -> None:
     painted = server.paint("a red star", seed=[7], steps=[3], guidance_scale=[4.0], negative_prompt=["blue"])
     expected = generate(folder, "a red star", seed=7, steps=3, guidance_scale=4.0, negative_prompt="blue")
