@@ -62,3 +62,12 @@ def test_full_size_tables_are_the_benchmarks():
             ratio = engine["pointwise_kernels"] / static
             assert f"| {graph} | {counts} | {ratio:.3f} | {sizes} | {seconds} |" in README
             assert engine["layers_in_int8"] == len(facts["quantized"])
+
+
+def test_serving_table_is_the_benchmarks():
+    facts = json.loads((RESULTS / "triton_serving.json").read_text())
+    for clients, rate, key in ((1, 1, "latency_alone"), (facts["clients"], facts["rate_to_alone"], "latency_many")):
+        latency = " | ".join(f"{facts[key][name]:.2f}" for name in ("p50", "p95", "p99"))
+        assert f"| {clients} | {rate:.2f} | {latency} |" in README
+    difference = f"was {facts['largest_pixel_difference']} over {facts['images_compared']} of the images"
+    assert difference in README.replace("\n", " ")
