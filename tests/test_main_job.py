@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pcr_export.deploy.triton_repository import check_triton_repository
+
 pytestmark = pytest.mark.slow
 
 NAME = "tiny-sdxl-w8a8"
@@ -47,6 +49,11 @@ def test_report_holds_up(exported):
     assert abs(quality["clip_score"] - quality["clip_score_fp32"]) < 1
     assert "biased" in quality["warning"]
     assert sum(site["quantized"] for site in report["sites"]) > 150
+
+
+def test_triton_repository_fits(exported):
+    check_triton_repository(exported)
+    assert (exported / "triton" / "pipeline" / "config.pbtxt").is_file()
 
 
 def test_killed_twice_it_ends_with_the_same_bytes(exported, tmp_path):
