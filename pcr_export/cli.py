@@ -348,5 +348,5 @@ def _show_warning(others: Any, message: Warning | str, category: type[Warning], 
 def _fail(message: str, exit_code: int) -> int:
     if {"-v", "--verbose"} & set(sys.argv):
         errors.print_exception()
-    errors.print(f"error: {message}", markup=False, highlight=False)
+    errors.print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
     return exit_code

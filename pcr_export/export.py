@@ -28,12 +28,14 @@ from pcr_export.errors import PcrExportError
 from pcr_export.export_engines import EngineJob, check_engines, make_engines, measure_on_gpu
 from pcr_export.export_job import Exported, Job
 from pcr_export.export_validation import validate_artifact
+from pcr_export.folder_lock import hold_folder
 from pcr_export.graph.quantize import quantize_onnx
 from pcr_export.graph.to_onnx import trace_float_onnx
+from pcr_export.graph.weight_file import onnx_files
 from pcr_export.manifest import write_manifest
 from pcr_export.models.denoiser import Inputs
 from pcr_export.qdiffbench.relax_search import RelaxSearch
-from pcr_export.recipe import searched_skips
+from pcr_export.recipe import recipe_key, searched_skips
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
@@ -55,11 +57,12 @@ def export_denoiser(job: Job) -> dict[str, Any]:
     Returns the report that was written to report.json. Raises PcrExportError (exit code 3) where the artifact is further from its
     simulation than the recipe allows; what was computed stays.
     """
-    exported = quantize_denoiser(job)
-    validation = validate_artifact(job, exported) if job.validate else {}
-    report = finish(job, exported, validation)
-    write_manifest(job.folder)
-    return report
+    with hold_folder(job.folder):
+        exported = quantize_denoiser(job)
+        validation = validate_artifact(job, exported) if job.validate else {}
+        report = finish(job, exported, validation)
+        write_manifest(job.folder)
+        return report
 
 
 def quantize_denoiser(job: Job) -> Exported:
@@ -98,11 +101,11 @@ def quantize_denoiser(job: Job) -> Exported:
         tensorrt_onnx(folder).unlink(missing_ok=True)  # of older scales; engines built from it are refused from now on
         return lower("onnxruntime", graph_path)
 
-    graph = stages.run("quantize", graph_key, [graph_path], lower_first)
+    graph = stages.run("quantize", graph_key, onnx_files(graph_path), lower_first)
     engines: list[Facts] = []
     if job.engines.wants_tensorrt:
         path = tensorrt_onnx(folder)
-        stages.run("quantize-tensorrt", graph_key, [path], lambda: lower("tensorrt", path))
+        stages.run("quantize-tensorrt", graph_key, onnx_files(path), lambda: lower("tensorrt", path))
         engines = _make_engines(job, layers, axes, float_graph)
     return Exported(
         denoiser=job.denoiser,
@@ -147,7 +150,7 @@ def _calibration_key(job: Job) -> Key:
         "version": __version__,
         "torch": torch.__version__,
         **job.walk_key,
-        "recipe": job.recipe.hash(),
+        **recipe_key(job.recipe),
         "calibration set": key_hash({str(seed): str(condition) for seed, condition in seeds_and_conditions}),
     }
 
@@ -212,7 +215,10 @@ def relax_search(job: Job) -> RelaxSearch:
         conditions=conditions,
         seeds=seeds,
         relax_bits=job.recipe.relax_bits,
-        key=_calibration_key(replace(job, recipe=replace(job.recipe, relax="none"))),
+        key={
+            **_calibration_key(replace(job, recipe=replace(job.recipe, relax="none"))),
+            "relax bits": str(job.recipe.relax_bits),
+        },
         folder=job.folder / ".stages",
         quantize=quantize,
         resume=job.resume,
@@ -332,7 +338,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise PcrExportError(
             f"--out: {folder} can't be written to ({error.strerror}): choose another folder"

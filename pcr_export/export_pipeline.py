@@ -18,6 +18,7 @@ from pcr_export.export import finish, hash_weights, make_folder, quantize_denois
 from pcr_export.export_engines import check_engines
 from pcr_export.export_job import Exported, Job
 from pcr_export.export_validation import validate_artifact
+from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
 from pcr_export.models.catalog import read_json
 from pcr_export.models.load import LoadedModel, load_model
@@ -25,7 +26,12 @@ from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
 from pcr_export.qdiffbench.features import own_extractors
 from pcr_export.qdiffbench.html_report import write_html_report
-from pcr_export.qdiffbench.images import forget_images_of_another_key, generate_images, prompts_per_call
+from pcr_export.qdiffbench.images import (
+    forget_images_of_another_key,
+    generate_images,
+    image_path,
+    prompts_per_call,
+)
 from pcr_export.qdiffbench.painters import engine_call, paint_with
 from pcr_export.qdiffbench.scores import measure_scores, write_scores
 from pcr_export.qdiffbench.workers import Workers
@@ -49,6 +55,13 @@ def export_pipeline(
     Returns:
         The report. Raises PcrExportError as `export_denoiser` does.
     """
+    with hold_folder(job.folder):
+        return _export_pipeline(job, model, eval_prompts, strip_encoders)
+
+
+def _export_pipeline(
+    job: Job, model: LoadedModel, eval_prompts: Sequence[str], strip_encoders: bool
+) -> dict[str, Any]:
     exported = quantize_denoiser(job)
     source = model.entry.source
     exported.stages.run(
@@ -169,7 +182,8 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         ("int8", {**exported.key, **float_key}, make_int8),
     ):
         forget_images_of_another_key(folders[name], key_hash(key) if job.resume else "")
-        exported.stages.run(f"images-{name}", key, [folders[name]], action)
+        images = [image_path(folders[name], index) for index in range(len(prompts))]
+        exported.stages.run(f"images-{name}", key, images, action)
     extractors, per_image = own_extractors(source), job.folder / "images" / "per_image.json"
 
     def measure() -> Facts:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pcr_export.errors import PcrExportError
 from pcr_export.prompt_sets import CONVERT_PARQUET, READERS, lines_of_text
 
+LONGEST_PROMPT = 10_000  # characters
 REFERENCE = "tiny-sdxl"  # the model that the package brings along
 
 
@@ -29,14 +30,28 @@ def read_prompts(path: Path) -> list[str]:
         raise PcrExportError(f"the prompts file {path} is parquet, which is not read here: {CONVERT_PARQUET}")
     try:
         prompts = READERS.get(suffix, lines_of_text)(path.read_text("utf-8-sig"))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
         raise PcrExportError(
             f"the prompts file {path} can't be read ({error}): give a UTF-8 text, one prompt a line, or one of the sets "
             "that calib/README.md tells of"
         ) from error
     if not prompts:
         raise PcrExportError(f"the prompts file {path} holds no prompt: write one prompt a line")
+    for number, prompt in enumerate(prompts, start=1):
+        check_prompt(prompt, f"prompt {number} of {path}")
     return prompts
+
+
+def check_prompt(prompt: str, name: str) -> None:
+    """Raise PcrExportError, which calls the prompt `name`, where it is no Unicode or longer than any text encoder reads."""
+    if len(prompt) > LONGEST_PROMPT:
+        raise PcrExportError(
+            f"{name} has {len(prompt)} characters, {LONGEST_PROMPT} are taken and 77 tokens read: shorten it"
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PcrExportError(f"{name} is no Unicode text ({error.reason}): write it in UTF-8") from error
 
 
 def packaged_prompts(name: str) -> Path:

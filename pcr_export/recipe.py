@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ SCHEMES = ("progressive", "float-trajectory", "static")
 REDUCTIONS = ("pooled", "min-mean")
 WEIGHTS = ("rtn", "gptq", "adaround")
 SKIPPED_BY_DEFAULT = ("conv_in", "conv_out")
+MOST_STEPS = 1000  # what the schedulers of diffusers were trained with
+MOST_DRAWS = 10**5  # of --observed-steps normal
+MOST_PIXELS = 2**14  # a side
 COUNTS = (
     "num_inference_steps",
     "calib_size",
@@ -95,6 +99,13 @@ class Recipe:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise PcrExportError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("height", "width"):
+            if getattr(self, name) > MOST_PIXELS:
+                raise PcrExportError(f"--{name} must be at most {MOST_PIXELS}, got {getattr(self, name)}")
+        if self.num_inference_steps > MOST_STEPS:
+            raise PcrExportError(f"--steps must be at most {MOST_STEPS}, got {self.num_inference_steps}")
+        if not math.isfinite(self.guidance_scale):
+            raise PcrExportError(f"--guidance-scale must be a finite number, got {self.guidance_scale}")
         if not 9 <= self.relax_bits <= 16:
             raise PcrExportError(f"--relax-bits must lie in 9..16, got {self.relax_bits}")
         if not 50 < self.percentile <= 100:
@@ -136,6 +147,31 @@ LATER_SETTINGS = {  # that came after results were published, at the values that
 }
 
 
+IN_NO_STAGE = (
+    "model",
+    "min_sqnr_db",
+    "calib_size",
+)  # weights and prompts are hashed themselves; the floor is asked last
+ONLY_WITH: Mapping[
+    str, Callable[[Recipe], bool]
+] = {  # settings that nothing reads unless the recipe has a value that makes it read them
+    "percentile": lambda recipe: recipe.ranges == "percentile",
+    "observed_steps": lambda recipe: recipe.scheme == "static",
+    "reduce": lambda recipe: recipe.scheme == "static",
+    "relax_bits": lambda recipe: recipe.relax != "none",
+    "weight_samples": lambda recipe: recipe.weights != "rtn" or recipe.keep != "none",
+    "weight_rounds": lambda recipe: recipe.weights != "rtn" or recipe.keep != "none",
+    "adaround_iterations": lambda recipe: recipe.weights == "adaround",
+}
+
+
+def recipe_key(recipe: Recipe) -> dict[str, str]:
+    """The settings that a calibration depends on, a part of its key each: of a change only what it changes is made again."""
+    settings = {name: value for name, value in asdict(recipe).items() if name not in IN_NO_STAGE}
+    read = {name: value for name, value in settings.items() if name not in ONLY_WITH or ONLY_WITH[name](recipe)}
+    return {f"recipe {name}": json.dumps(value) for name, value in read.items()}
+
+
 def _as_json(facts: dict[str, Any]) -> str:
     return json.dumps(facts, indent=2, sort_keys=True) + "\n"
 
@@ -144,16 +180,29 @@ def recipe_from_json(text: str) -> Recipe:
     """Read what `Recipe.to_json` wrote. Raises PcrExportError where the text is damaged or of another version."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise PcrExportError(f"the recipe is no JSON ({error}): export again") from error
     names = {field.name for field in fields(Recipe)}
     if not isinstance(values, dict) or not names - set(LATER_SETTINGS) <= set(values) <= names:
         raise PcrExportError("the recipe was written by another version of pcr-export: export again")
     try:
-        lora = tuple(Lora(**each) for each in values.get("lora", ()))
-        return Recipe(**{**values, "skip": tuple(values["skip"]), "lora": lora})
+        lora = tuple(Lora(**each) for each in values.pop("lora", ()))
     except TypeError as error:
-        raise PcrExportError(f"the recipe is damaged ({error}): export again") from error
+        raise PcrExportError(f"the recipe's lora is damaged ({error}): export again") from error
+    for field in fields(Recipe):
+        if field.name in values and not _is_of(str(field.type), values[field.name]):
+            raise PcrExportError(f"the recipe's {field.name} is no {field.type}: export again")
+    settings: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    return Recipe(**settings, lora=lora)
+
+
+def _is_of(annotation: str, value: Any) -> bool:
+    """Whether a value of JSON is what a field of Recipe is declared as, such as "int", "float | None" or "tuple[str, ...]"."""
+    kinds = {"str": str, "int": int, "float": int | float, "bool": bool, "None": type(None)}
+    if annotation.startswith("tuple["):
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    names = annotation.split(" | ")
+    return any(isinstance(value, kinds[name]) and (name == "bool" or not isinstance(value, bool)) for name in names)
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -170,18 +219,19 @@ def read_recipe(folder: Path) -> Recipe:
 
 def parse_observed_steps(text: str, num_steps: int) -> tuple[str, int]:
     """'uniform:10' -> ("uniform", 10); 'all' -> ("all", num_steps). Raises PcrExportError where it can't be done in `num_steps`."""
-    match = re.fullmatch(r"all|(uniform|normal):(\d+)", text)
+    match = re.fullmatch(r"all|(uniform|normal):(\d{1,9})", text)
     if not match:
         raise PcrExportError(f"--observed-steps {text} is not understood: write all, uniform:10 or normal:64")
     kind, count = (match[1], int(match[2])) if match[1] else ("all", num_steps)
-    if count < 1 or (kind == "uniform" and count > num_steps):
-        raise PcrExportError(f"--observed-steps {text} must name 1 to {num_steps} steps (normal: 1 or more)")
+    most = num_steps if kind == "uniform" else max(num_steps, MOST_DRAWS)
+    if not 1 <= count <= most:
+        raise PcrExportError(f"--observed-steps {text} must name 1 to {most} steps")
     return kind, count
 
 
 def parse_keep(text: str) -> tuple[int, float | None]:
     """'4' -> (4, None) layers; '4.5bit' -> (0, 4.5) bits on average; 'none' -> (0, None). Raises PcrExportError for anything else."""
-    match = re.fullmatch(r"none|(\d+)|(\d+(?:\.\d+)?)bits?", text)
+    match = re.fullmatch(r"none|(\d{1,9})|(\d{1,9}(?:\.\d+)?)bits?", text)
     if not match:
         raise PcrExportError(f"--keep {text} is not understood: write a number of layers, or mean bits such as 4.5bit")
     return int(match[1] or 0), float(match[2]) if match[2] else None
@@ -201,7 +251,7 @@ def searched_skips(skip: Sequence[str]) -> int:
 
 def parse_bits(text: str) -> tuple[int, int]:
     """'w8a8' -> (8, 8). Raises PcrExportError where the text has another form."""
-    match = re.fullmatch(r"w(\d+)a(\d+)", text.lower())
+    match = re.fullmatch(r"w(\d{1,2})a(\d{1,2})", text.lower())
     if not match:
         raise PcrExportError(f"--bits {text} is not understood: write weight and activation bits as w8a8")
     return int(match[1]), int(match[2])

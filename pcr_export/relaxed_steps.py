@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pcr_export.errors import PcrExportError
 
 _END = re.compile(r"(first|last):(\d+(?:\.\d+)?)(%?)")
-_PART = re.compile(r"(\d+)(?::(\d+))?")
+_PART = re.compile(r"(\d{1,9})(?::(\d{1,9}))?")
 _SEARCHED = re.compile(r"auto:(\d+(?:\.\d+)?)")
 
 
@@ -35,7 +35,7 @@ def parse_relaxed_steps(text: str, num_steps: int) -> tuple[int, ...]:
                 f"--relax {text} is not understood: write none, first:20%, last:20%, steps such as 0:4,17, or auto:8.4"
             )
         start = int(match[1])
-        steps.update(range(start, int(match[2]) if match[2] else start + 1))
+        steps.update(range(start, min(int(match[2]), num_steps + 1 + start) if match[2] else start + 1))
     if steps and max(steps) >= num_steps:
         raise PcrExportError(
             f"--relax {text} names step {max(steps)}, but the {num_steps} steps are 0 to {num_steps - 1}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 Key = Mapping[str, str]  # what a stage depends on: part -> its hash or value
 Facts = dict[str, Any]  # what a stage tells the report; plain JSON
+FOLDER, MISSING = "folder", "missing"  # in the place of a file's hash
 
 
 def key_hash(key: Key) -> str:
@@ -35,15 +37,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data`, through a temporary name."""
+    """Write `data`, through a temporary name. Raises OSError that names the file, of which nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk has room again
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Stages:
-    """The stages of one output folder. A stamp per finished stage holds its key and its facts."""
+    """The stages of one output folder. A stamp per finished stage holds its key, its facts and the hashes of its output files."""
 
     def __init__(self, folder: Path, *, resume: bool = True, log: Callable[[str], None] = lambda _line: None) -> None:
         self.folder = folder
@@ -51,28 +58,45 @@ class Stages:
         self._log = log
 
     def run(self, name: str, key: Key, outputs: Sequence[Path], action: Callable[[], Facts]) -> Facts:
-        """Run `action` unless a finished run with an equal key left every output in place. Returns its facts."""
+        """Run `action` unless a finished run with an equal key left every output as it is now. Returns its facts.
+
+        Args:
+            outputs: files, whose bytes are compared, and folders, which only have to be there.
+        """
         stamp = self.folder / f"{name}.json"
         known = _read_stamp(stamp) if self._resume else None
-        if known is not None and all(path.exists() for path in outputs):
-            changed = sorted(part for part in {*key, *known["key"]} if key.get(part) != known["key"].get(part))
+        if known is not None:
+            changed = [part for part in {*key, *known["key"]} if key.get(part) != known["key"].get(part)]
+            hashes = {} if changed else self._hash_outputs(outputs)  # files are read where nothing else tells
+            before = known["outputs"]
+            changed += [file for file, value in hashes.items() if value == MISSING or value != before.get(file)]
             if not changed:
                 self._log(f"{name}: done before, nothing changed")
                 return dict(known["facts"])
-            self._log(f"{name}: running again, changed: {', '.join(changed)}")
+            self._log(f"{name}: running again, changed: {', '.join(sorted(changed))}")
         stamp.unlink(missing_ok=True)
         facts = action()
-        write_json(stamp, {"key": dict(key), "facts": facts})
+        write_json(stamp, {"key": dict(key), "facts": facts, "outputs": self._hash_outputs(outputs)})
         return facts
+
+    def _hash_outputs(self, outputs: Sequence[Path]) -> dict[str, str]:
+        """By the path from the stamps' folder: what a file holds, FOLDER or MISSING."""
+        return {
+            os.path.relpath(path, self.folder): hash_file(path)
+            if path.is_file()
+            else FOLDER
+            if path.is_dir()
+            else MISSING
+            for path in outputs
+        }
 
 
 def _read_stamp(path: Path) -> dict[str, Any] | None:
     """The stamp, or None where there is none or none that can be trusted."""
     try:
         stamp = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    well_formed = (
-        isinstance(stamp, dict) and isinstance(stamp.get("key"), dict) and isinstance(stamp.get("facts"), dict)
-    )
+    parts = ("key", "facts", "outputs")
+    well_formed = isinstance(stamp, dict) and all(isinstance(stamp.get(part), dict) for part in parts)
     return stamp if well_formed else None

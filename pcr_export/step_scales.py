@@ -96,5 +96,5 @@ def read_step_scales(path: Path) -> StepScales:
                 sites=tuple(header["sites"]),
                 layers=header["layers"],
             )
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PcrExportError(f"{path} is no readable table of step scales ({error}): export again") from error

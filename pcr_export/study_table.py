@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pcr_export.errors import PcrExportError
-from pcr_export.export import make_folder
+from pcr_export.folder_lock import hold_folder
 from pcr_export.graph.quantize import write_half_onnx
 from pcr_export.models.catalog import read_json, resolve
 from pcr_export.models.load import LoadedModel, load_model
@@ -92,7 +92,11 @@ def run_study(
         {prompts, domain} of the calibration set and eval_domain.
     """
     request.check()
-    make_folder(request.folder)
+    with hold_folder(request.folder):
+        return _run_study(request, track, log)
+
+
+def _run_study(request: StudyRequest, track: Track, log: Callable[[str], None]) -> Facts:
     path = request.json_file or request.folder / "study.json"
     content = _read_study(path)
     study = open_study(request, _rows_by_key(content), track, log)

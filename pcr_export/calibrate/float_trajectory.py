@@ -77,7 +77,7 @@ def calibrate_from_float(
             for batch in inputs:
                 visit: Visit | None = None
                 if step in weights:
-                    observe = Observe(histograms[0 if static else step], weights[step])
+                    observe = Observe(histograms[0 if static else step], step, weights[step])
                     visit = observe if calibration.recipe.reduce == "pooled" else _ObservePeaks(observe, peaks, step)
                 outputs.append(simulation.run(batch, visit))
                 advance(1)

@@ -104,13 +104,14 @@ def _calibrate_call(
     advance: Advance,
 ) -> CallRecord:
     """One call of the trajectory on every batch: find the step's row unless it has one, then run quantized."""
-    bits = calibration.bits[calibration.timesteps.index(timestep)]
+    step = calibration.timesteps.index(timestep)
+    bits = calibration.bits[step]
     if row is None and len(inputs) == 1:
-        return _observe_and_quantize(calibration, simulation, inputs[0], bits, advance)
+        return _observe_and_quantize(calibration, simulation, inputs[0], step, advance)
     if row is None:
         histograms: Histograms = {}
         for batch in inputs:
-            simulation.run(batch, Observe(histograms))
+            simulation.run(batch, Observe(histograms, step))
             advance(1)
         row = calibration.find_all(histograms, bits)
     outputs = []
@@ -121,15 +122,16 @@ def _calibrate_call(
 
 
 def _observe_and_quantize(
-    calibration: Calibration, simulation: Simulation, inputs: Inputs, bits: int, advance: Advance
+    calibration: Calibration, simulation: Simulation, inputs: Inputs, step: int, advance: Advance
 ) -> CallRecord:
     """One pass: every site is observed behind already quantized layers, then quantized, in one forward."""
     row: dict[str, Quantizer] = {}
+    bits = calibration.bits[step]
 
     def visit(site: str, x: Tensor) -> tuple[Tensor, float]:
         if site not in row:
             histogram = ActivationHistogram()
-            count_activations(histogram, site, x)
+            count_activations(histogram, site, step, x)
             row[site] = calibration.find(site, histogram, bits)
         return QuantizeSites(row, bits)(site, x)
 

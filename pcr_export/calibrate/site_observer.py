@@ -19,10 +19,11 @@ Histograms = dict[str, ActivationHistogram]
 
 
 class Observe:
-    """A visit that counts the activations of every site, `weight` times, and leaves them as they are."""
+    """A visit at one step that counts the activations of every site, `weight` times, and leaves them as they are."""
 
-    def __init__(self, histograms: Histograms, weight: int = 1) -> None:
+    def __init__(self, histograms: Histograms, step: int, weight: int = 1) -> None:
         self._histograms = histograms
+        self._step = step
         self._weight = weight
         self._seen: set[str] = set()
 
@@ -30,17 +31,19 @@ class Observe:
         """Count `x` unless another layer has read the same tensor."""
         if site not in self._seen:
             self._seen.add(site)
-            count_activations(self._histograms.setdefault(site, ActivationHistogram()), site, x, self._weight)
+            count_activations(
+                self._histograms.setdefault(site, ActivationHistogram()), site, self._step, x, self._weight
+            )
         return x, 1.0
 
 
-def count_activations(histogram: ActivationHistogram, site: str, x: Tensor, weight: int = 1) -> None:
-    """Count `x` in a site's histogram. Raises PcrExportError that names the site where x is not finite."""
+def count_activations(histogram: ActivationHistogram, site: str, step: int, x: Tensor, weight: int = 1) -> None:
+    """Count `x` in a site's histogram. Raises PcrExportError that names site and step where x is not finite."""
     try:
         histogram.update(x, weight)
     except ValueError as error:
         raise PcrExportError(
-            f"site {site}: {error}: the model overflows on a calibration prompt or its weights are damaged"
+            f"site {site}, step {step}: {error}: the model overflows on a calibration prompt or its weights are damaged"
         ) from error
 
 

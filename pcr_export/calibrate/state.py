@@ -72,9 +72,10 @@ class CalibrationState:
                 scale, zero_point = file.get_tensor("scale").tolist(), file.get_tensor("zero_point").tolist()
                 count = sum(name.startswith("output.") for name in file.keys())  # noqa: SIM118 (safe_open is no mapping)
                 outputs = [file.get_tensor(f"output.{i}") for i in range(count)]
-        except (SafetensorError, OSError, KeyError) as error:
+                quantizers = {site: Quantizer(s, z) for site, s, z in zip(sites, scale, zero_point, strict=True)}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise PcrExportError(
                 f"the calibration state {path} is damaged ({error}): delete that file to go on from the step before it, "
                 "or start anew with --no-resume"
             ) from error
-        return CallRecord(outputs, {site: Quantizer(s, z) for site, s, z in zip(sites, scale, zero_point, strict=True)})
+        return CallRecord(outputs, quantizers)

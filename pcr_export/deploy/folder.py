@@ -80,7 +80,12 @@ def written_files(pipeline: Pipeline, out: Path) -> list[Path]:
         out / "scheduler" / "scheduler_config.json",
         out / "unet" / "config.json",
         *(out / name / "tokenizer_config.json" for name in tokenizers),
-        *(out / name / file for name in (*folders, *VAE_HALVES) for file in ("config.json", "model.onnx")),
+        *(out / name / file for name in tokenizers for file in ("vocab.json", "merges.txt")),
+        *(
+            out / name / file
+            for name in (*folders, *VAE_HALVES)
+            for file in ("config.json", "model.onnx", "model.onnx_data")
+        ),
     ]
 
 

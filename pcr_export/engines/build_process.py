@@ -6,6 +6,7 @@ line to its standard output: {"percent": …} as it goes, and at the end {"resul
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -39,10 +40,14 @@ from pcr_export.engines.layer_dump import (
 )
 from pcr_export.errors import PcrExportError
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
 
 def main() -> None:
     """Build the job on standard input; the library's own prints go to standard error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
+    if sys.platform == "linux":  # a parent that is killed itself must not leave a second writer of the engine behind
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -99,7 +99,7 @@ def read_engine_record(path: Path) -> EngineRecord:
                 f"{path} has format {version}, this version reads {FORMAT_VERSION}: build the engine again"
             )
         return _from_json(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PcrExportError(f"{path} is damaged ({error}): build the engine again") from error
 
 

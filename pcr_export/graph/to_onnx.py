@@ -6,7 +6,7 @@ import ast
 import logging
 import os
 import re
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,14 +101,19 @@ def trace_float_onnx(denoiser: Denoiser, example: dict[str, Tensor]) -> ir.Model
 
 
 def save_model(model: ir.Model, path: Path) -> None:
-    """Write `path` and its external data `<path>_data` through temporary names; tensors are streamed one at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path` and its external data `<path>_data` through a temporary folder; tensors are streamed one at a time."""
     data_name = path.name + "_data"
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-") as folder:
-        ir.save(model, Path(folder) / path.name, external_data=data_name)
+    folder = path.with_name(f".{path.name}.saving")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        ir.save(model, folder / path.name, external_data=data_name)
+        path.unlink(missing_ok=True)  # so that no reader meets the one file of before and the other of now
         for name in (data_name, path.name):
-            if (Path(folder) / name).exists():
-                os.replace(Path(folder) / name, path.parent / name)
+            if (folder / name).exists():
+                os.replace(folder / name, path.parent / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Call(nn.Module):

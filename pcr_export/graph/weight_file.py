@@ -15,6 +15,11 @@ ALIGNMENT = 4096  # of tensors in the data file, so that an engine can map them
 BLOCK_COLUMNS = 128  # a matrix is transposed by strips that stay in cache: int8 six times as fast
 
 
+def onnx_files(model_path: Path) -> list[Path]:
+    """The model file and the file of its external data beside it."""
+    return [model_path, model_path.with_name(model_path.name + "_data")]
+
+
 def row_major(array: np.ndarray) -> np.ndarray:
     """`array` where it is row-major, else a row-major copy."""
     if array.ndim != 2 or not array.flags.f_contiguous:
@@ -44,7 +49,7 @@ class WeightFile:
 
     def __init__(self, model_path: Path) -> None:
         self.model_path = model_path
-        self.data_path = model_path.with_name(model_path.name + "_data")
+        self.data_path = onnx_files(model_path)[1]
         self._temporary = self.data_path.with_name(self.data_path.name + ".tmp")
         self._file: BinaryIO | None = None
 
@@ -87,5 +92,6 @@ class WeightFile:
         self._file = None
         temporary = self.model_path.with_name(self.model_path.name + ".tmp")
         temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        self.model_path.unlink(missing_ok=True)  # so that no reader meets the one file of before and the other of now
         os.replace(self._temporary, self.data_path)
         os.replace(temporary, self.model_path)

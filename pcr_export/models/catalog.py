@@ -136,12 +136,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises PcrExportError where the file is missing or holds something else."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PcrExportError(f"{path} can't be read ({reason}): fetch or export the folder again") from error
     if not isinstance(value, dict):
         raise PcrExportError(f"{path} holds no JSON object: fetch or export the folder again")
     return value
+
+
+def path_inside(folder: Path, name: object, source: Path) -> Path:
+    """The file or folder `name` of `folder`, as the file `source` names it. Raises PcrExportError where it is none or leads outside."""
+    if (
+        not isinstance(name, str)
+        or not name
+        or "\0" in name
+        or not (folder / name).resolve().is_relative_to(folder.resolve())
+    ):
+        raise PcrExportError(
+            f"{source} names {name!r}, which does not lie in {folder}: fetch or export the folder again"
+        )
+    return folder / name
 
 
 def fill_in(entry: CatalogEntry, *, class_name: str, sample_size: int, few_steps: bool) -> CatalogEntry:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import read_json, read_model_index
+from pcr_export.models.catalog import path_inside, read_json, read_model_index
 
 WEIGHT_STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -15,6 +17,8 @@ WEIGHT_STEMS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
+LIBRARIES = ("diffusers", "transformers")
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # nothing of them is loaded
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CONFIGS = {
     **dict.fromkeys(WEIGHT_STEMS, ("config.json",)),
@@ -30,11 +34,11 @@ def check_folder(folder: Path) -> None:
         PcrExportError: naming the component or file that is missing or damaged, or the weights that are no safetensors.
     """
     index = read_model_index(folder)
+    _check_components(folder, index)
     for component, files in CONFIGS.items():
         if component not in index:
             continue
-        library = index[component][0] if isinstance(index[component], list) else None
-        if library not in ("diffusers", "transformers"):
+        if not isinstance(index[component], list) or index[component] == [None, None]:
             raise PcrExportError(
                 f"{folder} has no {component} that diffusers or transformers can load: see its model_index.json"
             )
@@ -50,6 +54,18 @@ def check_folder(folder: Path) -> None:
             _check_weights(folder / component, WEIGHT_STEMS[component], weight_variant(folder))
 
 
+def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse what diffusers would import from elsewhere, code in the folder too: a component is a class of two libraries or left out."""
+    for name, value in index.items():
+        if name in LEFT_OUT or name.startswith("_") or not isinstance(value, list) or value == [None, None]:
+            continue  # options are no lists
+        known = name in CONFIGS and len(value) == 2 and value[0] in LIBRARIES and isinstance(value[1], str)
+        if not known or not value[1].isidentifier():
+            raise PcrExportError(
+                f"{folder} has a {name} that diffusers or transformers can't load ({value}): see its model_index.json"
+            )
+
+
 def weight_variant(folder: Path) -> str | None:
     """The variant (fp16) whose weights a folder holds; None for plain ones or none at all."""
     stem = WEIGHT_STEMS["unet"]
@@ -62,9 +78,9 @@ def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
     suffix = f".{variant}" if variant else ""
     shards = folder / f"{stem}.safetensors.index{suffix}.json"
     plain = f"{stem}{suffix}.safetensors"
-    names = set(read_json(shards).get("weight_map", {}).values()) if shards.is_file() else {plain}
-    for name in sorted(names):
-        path = folder / name
+    names = _shards(shards) if shards.is_file() else [plain]
+    for name in names:
+        path = path_inside(folder, name, shards)
         if path.is_file():
             _check_safetensors(path)
             continue
@@ -74,6 +90,14 @@ def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
                 "load the pipeline with diffusers and save it with save_pretrained(..., safe_serialization=True)"
             )
         raise PcrExportError(f"{path} is missing: fetch the folder again")
+
+
+def _shards(path: Path) -> list[str]:
+    """The files that an index of sharded weights names."""
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise PcrExportError(f"{path} names no files of weights: fetch the folder again")
+    return sorted(set(files.values()))
 
 
 def _check_safetensors(path: Path) -> None:

@@ -89,15 +89,22 @@ def load_pipeline(entry: CatalogEntry) -> Pipeline:
         pipeline.register_modules(unet=_read_unet(entry.unet, entry))
     if entry.scheduler is not None:
         pipeline.register_modules(scheduler=make_scheduler(entry.scheduler, pipeline.scheduler))
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    for part in parts:
-        part.float()
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    for name, part in parts.items():
+        _check_finite(part.float(), name, folder)
     for lora in entry.lora:
         with quiet():
             fuse_lora(pipeline, lora)
-    for part in parts:
+    for part in parts.values():
         part.eval().requires_grad_(False)
     return pipeline
+
+
+def _check_finite(part: torch.nn.Module, name: str, folder: Path) -> None:
+    """Raise PcrExportError that names the first weight which holds NaN or infinite values: images would turn black without a word."""
+    for weight, tensor in part.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise PcrExportError(f"{folder}: {name}.{weight} holds NaN or infinite values: fetch the folder again")
 
 
 def make_scheduler(name: str, like: Any) -> Any:
@@ -131,7 +138,7 @@ def _read_pipeline(folder: Path) -> Pipeline:
                 local_files_only=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever damaged files make of two libraries, tokenizers' bare Exception too
         raise PcrExportError(
             f"{folder} can't be loaded as a {index['_class_name']} ({_first_line(error)}): fetch it again"
         ) from error

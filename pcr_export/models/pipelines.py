@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs, Walk
+from pcr_export.prompts import check_prompt
 
 Pipeline = Any  # a StableDiffusionPipeline or a StableDiffusionXLPipeline, whose parts diffusers leaves untyped
 
@@ -59,8 +61,19 @@ def denoiser_from_pipeline(
         raise PcrExportError(
             f"a {height}x{width} picture can't be made: give a height and a width that are multiples of {unit}"
         )
+    if not math.isfinite(guidance_scale):
+        raise PcrExportError(f"a guidance scale of {guidance_scale} can't be sampled: give a finite number")
     scheduler = copy.deepcopy(scheduler or pipeline.scheduler)
-    scheduler.set_timesteps(num_inference_steps)
+    most = scheduler.config.num_train_timesteps
+    if num_inference_steps > most:
+        raise PcrExportError(f"{num_inference_steps} steps can't be sampled: the scheduler knows {most}, give fewer")
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        name = type(scheduler).__name__
+        raise PcrExportError(
+            f"{num_inference_steps} steps can't be sampled by {name} ({error}): give another number, or mend its configuration"
+        ) from error
     sampling = Sampling(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -125,6 +138,10 @@ def walk_pipeline(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
+    if not all(0 <= seed < 2**63 for seed in seeds):
+        raise PcrExportError(f"a seed lies in 0..2**63-1, not {min(seeds)} to {max(seeds)}: give another")
+    for prompt in (*prompts, sampling.negative_prompt):
+        check_prompt(prompt, "a prompt")
     scheduler = copy.deepcopy(scheduler)
     guided = uses_guidance(pipeline, sampling.guidance_scale)
     conditions = encode_conditions(pipeline, sampling, list(prompts), guided)

@@ -15,6 +15,7 @@ import torch
 
 from pcr_export import __version__
 from pcr_export.errors import PcrExportError
+from pcr_export.folder_lock import hold_folder
 from pcr_export.models.catalog import resolve
 from pcr_export.models.lora_file import LoraFile
 from pcr_export.progress import Track, silent
@@ -138,13 +139,14 @@ def evaluate_folder(evaluation: Evaluation, extractors: Extractors | None) -> di
         What was written to evaluation.json. Raises PcrExportError where prompts, models or images can't be read, or a worker fails.
     """
     domains = evaluation.domains()
-    artifact = _artifact_key(evaluation.folder)
-    model = _model_key(evaluation.settings)
-    with worker_processes(evaluation.workers):
-        rows = [_evaluate_domain(evaluation, domain, extractors, model, artifact) for domain in domains]
-    written = {"format": FORMAT, "command": evaluation.command, "seed": evaluation.noise_seed, "domains": rows}
-    write_json(evaluation.folder / "evaluation.json", written)
-    write_html_report(evaluation.folder)
+    with hold_folder(evaluation.folder):
+        artifact = _artifact_key(evaluation.folder)
+        model = _model_key(evaluation.settings)
+        with worker_processes(evaluation.workers):
+            rows = [_evaluate_domain(evaluation, domain, extractors, model, artifact) for domain in domains]
+        written = {"format": FORMAT, "command": evaluation.command, "seed": evaluation.noise_seed, "domains": rows}
+        write_json(evaluation.folder / "evaluation.json", written)
+        write_html_report(evaluation.folder)
     return written
 
 

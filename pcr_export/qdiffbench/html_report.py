@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import read_json
+from pcr_export.models.catalog import path_inside, read_json
 from pcr_export.qdiffbench.image_pairs import PairGroup, choose_pairs
 from pcr_export.qdiffbench.metrics import METRICS, NOT_MEASURED, format_metric
 from pcr_export.qdiffbench.page import Chart, Section, Table, write_page
@@ -20,6 +20,7 @@ from pcr_export.report import engine_memory, summary_rows
 from pcr_export.step_scales import StepScales, read_step_scales
 
 NAME = "report.html"
+FORMAT = 1  # of report.json and evaluation.json
 Facts = Mapping[str, Any]
 
 
@@ -36,6 +37,7 @@ def write_html_report(folder: Path) -> Path:
     scales = read_step_scales(folder / "step_scales.safetensors")
     relaxed = [step for step, bits in enumerate(scales.bits.tolist()) if bits > 8]
     with reading(folder / "report.json"):
+        check_format(folder / "report.json", report["format"])
         recipe = report["recipe"]
         title = f"{report['model']}: quantized to {recipe['weight_bits']}-bit weights, {recipe['activation_bits']}-bit activations"
         summary = _summary(report, recipe, scales, relaxed)
@@ -47,6 +49,12 @@ def write_html_report(folder: Path) -> Path:
             *_engine_sections(report),
         ]
     return write_page(folder / NAME, title, summary, sections)
+
+
+def check_format(path: Path, found: object) -> None:
+    """Raise PcrExportError where a file is of a format that is not read here."""
+    if found != FORMAT:
+        raise PcrExportError(f"{path} has format {found}, this version reads {FORMAT}: write it again")
 
 
 @contextmanager
@@ -91,6 +99,7 @@ def _quality_sections(folder: Path, report: Facts) -> list[Section]:
         return _validation_sections(folder, report)
     evaluation = read_json(path)
     with reading(path):
+        check_format(path, evaluation["format"])
         domains = evaluation["domains"]
         names = [domain["name"] for domain in domains]
         scores = [domain["scores"] for domain in domains]
@@ -121,10 +130,11 @@ def _quality_sections(folder: Path, report: Facts) -> list[Section]:
 
 def _evaluated_pairs(folder: Path, domain: Facts, title: str) -> PairGroup | None:
     """The pairs of one domain; None where its images were deleted."""
-    reference, quantized = folder / domain["fp32"], folder / domain["artifact"]
+    names, source = ("fp32", "artifact", "per_image"), folder / "evaluation.json"
+    reference, quantized, per_image = (path_inside(folder, domain[name], source) for name in names)
     if not (reference.is_dir() and quantized.is_dir()):
         return None
-    return read_pairs(title, reference, quantized, folder / domain["per_image"])
+    return read_pairs(title, reference, quantized, per_image)
 
 
 def read_pairs(title: str, reference: Path, quantized: Path, per_image: Path) -> PairGroup:

@@ -167,7 +167,7 @@ def read_block_call(folder: Path, block: str) -> BlockCall:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     if name.startswith(f"{block}|"):
                         tensors.setdefault(name.removeprefix(f"{block}|"), []).append(file.get_tensor(name))
-        except (SafetensorError, OSError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PcrExportError(f"{path} is damaged ({error}): delete it and run again") from error
     named = {**plain, **{name: torch.cat(parts) for name, parts in tensors.items()}}
     positions = sorted((name for name in named if name.isdigit()), key=int)

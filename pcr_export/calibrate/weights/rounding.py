@@ -51,12 +51,24 @@ class LearnedRounding:
         if path is None:
             raise PcrExportError(f"layer {layer} has no learned weight: learn them again with --no-resume")
         with _reading(path) as file:
-            q, scale = file.get_tensor(f"{layer}.q"), file.get_tensor(f"{layer}.scale")
-        if q.shape != weight.shape:
+            there = set(file.keys())
+            q, scale = (file.get_tensor(name) if name in there else None for name in (f"{layer}.q", f"{layer}.scale"))
+        if (
+            q is None
+            or scale is None
+            or (q.dtype, q.shape) != (np.int8, weight.shape)
+            or not _is_scale(scale, len(weight))
+        ):
             raise PcrExportError(
-                f"{path} holds a weight of another shape for {layer}: learn them again with --no-resume"
+                f"{path} holds no int8 weight of shape {list(weight.shape)} with positive scales for {layer}: "
+                "learn them again with --no-resume"
             )
         return q, scale
+
+
+def _is_scale(scale: np.ndarray, count: int) -> bool:
+    """Whether it is float32 [count], finite and positive."""
+    return (scale.dtype, scale.shape) == (np.float32, (count,)) and bool((np.isfinite(scale) & (scale > 0)).all())
 
 
 def write_rounded(rounded: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
