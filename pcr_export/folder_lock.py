@@ -45,7 +45,10 @@ def hold_folder(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} {shlex.join(map(os.path.basename, sys.argv[:1]))} {shlex.join(sys.argv[1:])}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def _holder(path: Path) -> str:

@@ -168,6 +168,8 @@ def _read_study(path: Path) -> Facts:
         raise PcrExportError(
             f"{path} has study format {content.get('format')}, this version reads {FORMAT}: move it away"
         )
+    if not all(isinstance(row, dict) and isinstance(row.get("key"), str) for row in _all_rows(content)):
+        raise PcrExportError(f"{path} holds rows without a key, it is damaged: move it away")
     return content
 
 
@@ -176,7 +178,8 @@ def _rows_by_key(content: Facts) -> dict[str, Facts]:
 
 
 def _all_rows(content: Facts) -> list[Facts]:
-    return [row for section in SECTIONS for row in content.get(section, [])]
+    sections = (content.get(section, []) for section in SECTIONS)
+    return [row for rows in sections for row in (rows if isinstance(rows, list) else [rows])]
 
 
 def open_study(request: StudyRequest, known: Mapping[str, Facts], track: Track, log: Callable[[str], None]) -> Study:

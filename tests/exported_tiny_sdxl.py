@@ -21,7 +21,7 @@ SIZE = 16  # pixels a side
 def export_tiny_sdxl(parent: Path) -> Path:
     """Write the model to parent/models and its export to parent/engines; the export's folder."""
     source = tiny_sdxl(parent / "models" / "random")
-    _add_clip(source / "clip_vision")
+    add_clip(source / "clip_vision")
     return export_from(source, parent / "engines")
 
 
@@ -35,7 +35,7 @@ def export_from(source: Path, out: Path, *options: str) -> Path:
     return out / f"{source.name}-w8a8"
 
 
-def _add_clip(folder: Path) -> None:
+def add_clip(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = CLIPVisionConfig(

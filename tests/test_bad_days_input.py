@@ -105,17 +105,18 @@ def write_others(folder: Path) -> None:
     domain = {"name": "own", "prompts_file": "p.txt", "prompts_sha256": "0" * 64, "n_images": 2, **names}
     evaluation = {"format": 1, "command": "x", "seed": 0, "domains": [{**domain, "scores": scores}]}
     (folder / "toy" / "evaluation.json").write_text(json.dumps(evaluation))
-    (folder / "study.json").write_text(json.dumps({"format": 1, "rows": [{"key": "1", "scheme": "x"}]}))
+    (folder / "study.json").write_text(json.dumps({"format": 1, "rows": [{"scheme": "no key"}]}))
     coco = {"annotations": [{"image_id": 1, "id": 1, "caption": "a cat"}]}
     (folder / "prompts.json").write_text(json.dumps(coco))
     (folder / "prompts.jsonl").write_text('{"Prompt": "a cat"}\n')
     (folder / "prompts.csv").write_text('Prompt,Category\n"a cat",x\n')
     (folder / "prompts.tsv").write_text("Prompt\tCategory\na cat\tx\n")
-    (folder / "prompts.txt").write_text("a cat\n")
+    (folder / "prompts.txt").write_text("a cat on a mat\n")
 
 
 def study(path: Path) -> None:
-    run_study(StudyRequest(model="tiny-sdxl", out=path.parent / "out", json_file=path, images=2))
+    if path.exists():  # without one, a study begins
+        run_study(StudyRequest(model="tiny-sdxl", out=path.parent / "out", json_file=path, images=2))
 
 
 def run_onnx(path: Path) -> None:

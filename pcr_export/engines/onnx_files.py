@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from pcr_export.engine_settings import Range
 from pcr_export.errors import PcrExportError
+from pcr_export.models.catalog import path_inside
 
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # minimum, optimum, maximum of every axis
 Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]  # name -> data type such as FLOAT, and axes
@@ -60,16 +61,18 @@ def onnx_sha256(path: Path) -> str:
         PcrExportError: one of them is missing.
     """
     model = _load(path)
-    names = {
-        str(value.const_value.location)
-        for graph in (model.graph, *model.graph.subgraphs())
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
+    names = external_files(model)
     digest = hashlib.sha256()
-    for file in (path, *(path.parent / name for name in sorted(names))):
+    for file in (path, *(path_inside(path.parent, name, path) for name in names)):
         add_file(digest, file)
     return digest.hexdigest()
+
+
+def external_files(model: ir.Model) -> list[str]:
+    """The files of a model's external data as it names them, sorted."""
+    graphs = (model.graph, *model.graph.subgraphs())
+    tensors = (value.const_value for graph in graphs for value in graph.initializers.values())
+    return sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
 
 
 def add_file(digest: hashlib._Hash, path: Path) -> None:
@@ -100,9 +103,12 @@ def _load(path: Path) -> ir.Model:
     if not path.is_file():
         raise PcrExportError(f"{path} does not exist: export the model first")
     try:
-        return ir.load(path)
-    except DecodeError as error:
+        model = ir.load(path)
+    except (OSError, ValueError, DecodeError) as error:
         raise PcrExportError(f"{path} is no ONNX file ({error}): export the model again") from error
+    for name in external_files(model):
+        path_inside(path.parent, name, path)  # whoever reads the model reads what it names
+    return model
 
 
 def _range(name: str, axis: int | str, axes: Mapping[str, Range]) -> Range:

@@ -15,6 +15,7 @@ from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import MICROSOFT, Job
 from pcr_export.graph.passes import DIALECTS, HALF_PASSES
 from pcr_export.graph.weight_file import WeightFile
+from pcr_export.models.catalog import path_inside
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
 
@@ -125,7 +126,7 @@ def _load(path: Path) -> ir.Model:
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            data = path.parent / tensor.location
+            data = path_inside(path.parent, str(tensor.location), path)
             if not data.is_file() or data.stat().st_size < (tensor.offset or 0) + tensor.nbytes:
                 raise PcrExportError(f"{data}, the weights of {path.name}, is missing or cut short: export it again")
     return model
