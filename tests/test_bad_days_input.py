@@ -22,6 +22,7 @@ from engines.small_record import small_record
 from models.tiny_pipelines import tiny_sd
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
+from test_export import float_graph
 
 from pcr_export import Job, Recipe, export_denoiser
 from pcr_export.calibrate.ranges import Quantizer
@@ -78,13 +79,21 @@ JSON_DAMAGES: dict[str, Callable[[dict], object]] = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One good file of each format: an exported denoiser, a pipeline, and what else is read."""
     folder = tmp_path_factory.mktemp("whole")
-    recipe = Recipe(model="toy", num_inference_steps=5, guidance_scale=1.0, height=16, width=16)
-    export_denoiser(
-        Job(denoiser=class_conditional_denoiser(), recipe=recipe, conditions=[0, 1, 2], folder=folder / "toy")
-    )
+    export_denoiser(toy_job(folder / "toy"))
     tiny_sd(folder / "model")
     write_others(folder)
     return folder
+
+
+def toy_job(folder: Path) -> Job:
+    recipe = Recipe(model="toy", num_inference_steps=5, guidance_scale=1.0, height=16, width=16)
+    return Job(
+        denoiser=class_conditional_denoiser(),
+        recipe=recipe,
+        conditions=[0, 1, 2],
+        folder=folder,
+        float_graph=float_graph,
+    )
 
 
 def write_others(folder: Path) -> None:
@@ -173,12 +182,7 @@ UNSEEN = {
     "learned/call_00000.safetensors": {"gone"},
     "calls/call_00000.safetensors": {"gone"},
     "study.json": {"gone"},
-    "prompts.txt": {
-        "cut at a third",
-        "first byte flipped",
-        "ninth byte flipped",
-        "nested too deep",
-    },  # any line is a prompt
+    "prompts.txt": {"cut at a third", "first byte flipped", "ninth byte flipped"},  # any line is a prompt
     "prompts.json": {"numbers as texts", "another version"},
     "prompts.csv": {"ninth byte flipped"},
     "prompts.tsv": {"ninth byte flipped"},
@@ -489,8 +493,7 @@ def test_a_damaged_output_is_made_again(whole: Path, tmp_path: Path) -> None:
     data = folder / "unet" / "model.onnx_data"
     good = data.read_bytes()
     data.write_bytes(flipped(good, len(good) // 2))
-    recipe = read_recipe(folder)
-    export_denoiser(Job(denoiser=class_conditional_denoiser(), recipe=recipe, conditions=[0, 1, 2], folder=folder))
+    export_denoiser(toy_job(folder))
     assert data.read_bytes() == good
 
 
