@@ -223,9 +223,10 @@ def parse_observed_steps(text: str, num_steps: int) -> tuple[str, int]:
     if not match:
         raise PcrExportError(f"--observed-steps {text} is not understood: write all, uniform:10 or normal:64")
     kind, count = (match[1], int(match[2])) if match[1] else ("all", num_steps)
-    most = num_steps if kind == "uniform" else max(num_steps, MOST_DRAWS)
-    if not 1 <= count <= most:
-        raise PcrExportError(f"--observed-steps {text} must name 1 to {most} steps")
+    if not 1 <= count <= (num_steps if kind == "uniform" else MOST_DRAWS):
+        raise PcrExportError(
+            f"--observed-steps {text} must name 1 to {num_steps} steps (normal: 1 or more, to {MOST_DRAWS})"
+        )
     return kind, count
 
 

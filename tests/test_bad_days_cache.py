@@ -19,6 +19,7 @@ from test_export import LABELS, float_graph
 from pcr_export.export import export_denoiser
 from pcr_export.export_job import Job
 from pcr_export.export_pipeline import export_pipeline, pipeline_job
+from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.models.catalog import resolve
 from pcr_export.models.load import load_model
 from pcr_export.recipe import ONLY_WITH, Recipe
@@ -147,17 +148,18 @@ PIPELINE = {
 @pytest.mark.slow
 def test_settings_of_a_pipeline(tmp_path: Path) -> None:
     """What has nothing to do with the UNet's scales stays: the packaged parts always, the float model's images where they may."""
-    model = load_model(resolve(str(tiny_sd(tmp_path / "random"))))
+    sampling = {"num_inference_steps": 3, "guidance_scale": 1.5, "height": 16, "width": 16}
+    model = load_model(replace(resolve(str(tiny_sd(tmp_path / "random"))), **sampling))
     prompts = ["a red cat", "a dog", "a tree", "a blue sea"]
-    base = Recipe(
-        model="r", num_inference_steps=3, guidance_scale=1.5, height=16, width=16, calib_size=4, min_sqnr_db=0.0
-    )
+    base = Recipe(model="r", **sampling, calib_size=4, min_sqnr_db=0.0)
+
+    denoiser = pipeline_job(model, base, prompts, tmp_path / "out").denoiser
+    graph = trace_float_onnx(denoiser, next(denoiser.walk(prompts[:2], [0, 1])))
 
     def export(recipe: Recipe) -> list[str]:
         lines: list[str] = []
-        export_pipeline(
-            replace(pipeline_job(model, recipe, prompts, tmp_path / "out"), log=lines.append), model, prompts[:2]
-        )
+        job = pipeline_job(model, recipe, prompts, tmp_path / "out")
+        export_pipeline(replace(job, float_graph=lambda: graph, log=lines.append), model, prompts[:2])
         return lines
 
     assert ran(export(base)) == NONE

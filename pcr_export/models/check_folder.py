@@ -62,7 +62,7 @@ def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
         known = name in CONFIGS and len(value) == 2 and value[0] in LIBRARIES and isinstance(value[1], str)
         if not known or not value[1].isidentifier():
             raise PcrExportError(
-                f"{folder} has a {name} that diffusers or transformers can't load ({value}): see its model_index.json"
+                f"{folder} has no {name} that diffusers or transformers can load, but {value}: see its model_index.json"
             )
 
 
