@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import sys
@@ -67,7 +66,7 @@ def test_full_disk(free: int, disk: Path, whole: Path, record_property: Callable
     with pytest.raises((OSError, PcrExportError)) as refused:
         export_denoiser(small_job(disk / "toy"))
     record_property("line", str(refused.value).replace(str(disk), "."))
-    assert isinstance(refused.value, PcrExportError) or refused.value.errno == errno.ENOSPC
+    assert "No space left on device" in str(refused.value)
     assert "\n" not in str(refused.value)
     finished = {path.stem for path in (disk / "toy" / ".stages").glob("*.json")}
     filler.unlink()
@@ -104,6 +103,7 @@ def test_full_disk_on_the_command_line(
     small = ("--steps", "2", "--calib-size", "2", "--images", "2", "--height", "16", "--width", "16")
     monkeypatch.setattr(sys, "argv", ["pcr-export", str(source), "--out", str(disk), *small])
     filler = fill(disk, free)
+    capsys.readouterr()  # of writing the model
     with pytest.raises(SystemExit) as stop:
         main()
     lines = capsys.readouterr().err.strip().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import logging
 import os
 import re
@@ -112,6 +113,10 @@ def save_model(model: ir.Model, path: Path) -> None:
         for name in (data_name, path.name):
             if (folder / name).exists():
                 os.replace(folder / name, path.parent / name)
+    except OSError as error:
+        if error.errno is None:  # of numpy's tofile, which does not say why it could not write all
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

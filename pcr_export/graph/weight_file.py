@@ -74,7 +74,7 @@ class WeightFile:
         assert self._file is not None, "WeightFile is used inside `with`"
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        row_major(array).tofile(self._file)
+        self._file.write(row_major(array).reshape(-1).view(np.uint8).data)  # tofile does not say that the disk is full
         return ir.ExternalTensor(
             location=self.data_path.name,
             offset=offset,
