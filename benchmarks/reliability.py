@@ -68,8 +68,8 @@ def commands(work: Path) -> list[Command]:
     """
     sys.path.insert(0, str(ROOT / "tests"))
     from class_conditional import class_conditional_denoiser
+    from exported_tiny_sdxl import add_clip
     from models.tiny_pipelines import tiny_sdxl
-    from qdiffbench.exported_tiny_sdxl import add_clip
 
     import pcr_export.study_table  # noqa: F401
     from pcr_export.engine_settings import EngineSettings

@@ -59,9 +59,7 @@ def export_pipeline(
         return _export_pipeline(job, model, eval_prompts, strip_encoders)
 
 
-def _export_pipeline(
-    job: Job, model: LoadedModel, eval_prompts: Sequence[str], strip_encoders: bool
-) -> dict[str, Any]:
+def _export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str], strip_encoders: bool) -> dict[str, Any]:
     exported = quantize_denoiser(job)
     source = model.entry.source
     exported.stages.run(
