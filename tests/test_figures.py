@@ -71,3 +71,15 @@ def test_serving_table_is_the_benchmarks():
         assert f"| {clients} | {rate:.2f} | {latency} |" in README
     difference = f"was {facts['largest_pixel_difference']} over {facts['images_compared']} of the images"
     assert difference in README.replace("\n", " ")
+
+
+def test_bad_days_are_the_benchmarks():
+    result = json.loads((RESULTS / "reliability.json").read_text())
+    for row in result["kills"]:
+        counts = [sum(1 for kill in row["kills"] if kill[name]) for name in ("killed", "half_written", "differ")]
+        figures = " | ".join(map(str, (row["seconds"], len(row["kills"]), *counts)))
+        assert f"| {row['command']} | {figures} |" in README
+        assert counts[-1] == 0
+    for name in ("disk", "concurrency", "bad input", "cache"):
+        passed = sum(row["outcome"] == "passed" for row in result[name])
+        assert f"| {name} | {len(result[name])} | {passed} |" in README
