@@ -22,7 +22,7 @@ from pcr_export.export_pipeline import export_pipeline, pipeline_job
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.models.catalog import resolve
 from pcr_export.models.load import load_model
-from pcr_export.recipe import ONLY_WITH, Recipe
+from pcr_export.recipe import ONLY_WITH, Lora, Recipe
 
 ALL = {"calibrate", "quantize", "validate"}  # the scales, the graph that holds them, and what that is compared with
 NONE: set[str] = set()
@@ -65,6 +65,7 @@ TABLE: dict[str, list[Change]] = {
     "weight_samples": [Change(99, NONE), Change(6, ALL | BLOCKS, GPTQ)],
     "weight_rounds": [Change(2, NONE), Change(2, ALL | BLOCKS, GPTQ)],
     "adaround_iterations": [Change(3, NONE), Change(3, NONE, GPTQ), Change(3, ALL | BLOCKS, ADAROUND)],
+    "lora": [Change((Lora(name="a.safetensors", sha256="0" * 64, scale=0.5),), ALL)],
     "skip": [Change(("conv_in", "conv_out", "time"), ALL)],
     "calib_size": [Change(32, NONE)],  # the prompts themselves are hashed
     "calib_batch": [Change(2, ALL)],

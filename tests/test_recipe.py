@@ -88,7 +88,7 @@ def test_damaged_recipe_is_refused(text):
 def test_damaged_lora_in_a_recipe_is_refused():
     values = json.loads(Recipe(**SETTINGS).to_json())
     for lora in ([{"name": "x"}], ["x"], 5):
-        with pytest.raises(PcrExportError, match=r"the recipe is damaged .*: export again"):
+        with pytest.raises(PcrExportError, match=r"the recipe's lora is damaged .*: export again"):
             recipe_from_json(json.dumps({**values, "lora": lora}))
 
 

@@ -23,7 +23,7 @@ from pcr_export.recipe import read_recipe
 
 @pytest.fixture
 def copy(exported: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "copy"))
+    return Path(shutil.copytree(exported, tmp_path / "copy", symlinks=True))
 
 
 def run_command(*words: object) -> subprocess.CompletedProcess[str]:
@@ -50,7 +50,7 @@ def test_a_whole_folder_passes_a_line_per_check(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["ok", "files"],
-        *[["ok", "signature"]] * 5,
+        *[["ok", "signature"]] * 6,
         ["ok", "engine"],
         ["ok", "image"],
     ]
