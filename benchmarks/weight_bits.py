@@ -69,6 +69,14 @@ def mean_weight_bits(exported: Exported, bits: int) -> float:
     return weighted / total
 
 
+def layer_errors(exported: Exported) -> Facts:
+    """Mean over the layers of the error of their output, learned and to nearest, relative to its energy; None where none was learned."""
+    layers = exported.weights["layers"].values()
+    return {
+        name: sum(each[name] for each in layers) / len(layers) if layers else None for name in ("error", "rtn_error")
+    }
+
+
 @torch.inference_mode()
 def float_trajectory(study: Study, prompts: Sequence[str]) -> list[tuple[Inputs, Tensor]]:
     """The UNet's inputs and outputs at every step of the float model, unconditional rows first."""
@@ -131,7 +139,8 @@ def main(
             for each in ("n_images", "fid_to_fp32", "clip_score", "psnr_db", "onnx_bytes", "calibration_seconds")
         }
         bits = {"mean_weight_bits": mean_weight_bits(exported, recipe.weight_bits)}
-        rows.append({"weights": name, **bits, **figures, **anatomy(exported, trajectory, recipe.guidance_scale)})
+        parts = anatomy(exported, trajectory, recipe.guidance_scale)
+        rows.append({"weights": name, **bits, **figures, **layer_errors(exported), **parts})
         if json_file:
             write_json(json_file, {"threads": study.workers.threads, "rows": rows})
     show(rows)
