@@ -141,20 +141,32 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="where the rows are kept")] = None,
 ) -> None:
     """Measure every kind of block, then show and keep the table."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in find_kinds(model):
         result, phase = measure_phase(kind.block, round_block, model, kind, samples, seed)
         rows.append({"block": kind.block, "count": kind.count, "layers": len(kind.layers), **result, **asdict(phase)})
         Console().print(f"{kind.block}: {rows[-1]['seconds']} s")
-    threads = torch.get_num_threads()
-    facts = {"model": model, "samples": samples, "threads": threads, "bits": ROUNDED_BITS, "rows": rows}
-    facts["hours_of_rounding"] = sum(row["count"] * row["rounding_seconds"] for row in rows) / 3600
-    per_sample = sum(row["count"] * row["hessian_seconds"] for row in rows) / samples
-    facts["hours_per_64_samples"] = 64 * per_sample / 3600
-    facts["peak_anonymous_bytes"] = max(row["peak_anonymous_bytes"] for row in rows)
+        facts = {
+            "model": model,
+            "samples": samples,
+            "threads": torch.get_num_threads(),
+            "bits": ROUNDED_BITS,
+            **sums(rows, samples),
+        }
+        if json_file:
+            write_json(json_file, facts)
     show(facts)
-    if json_file:
-        write_json(json_file, facts)
+
+
+def sums(rows: list[dict[str, Any]], samples: int) -> dict[str, Any]:
+    """The rows, and what they come to for all blocks that they stand for."""
+    per_sample = sum(row["count"] * row["hessian_seconds"] for row in rows) / samples
+    return {
+        "rows": rows,
+        "hours_of_rounding": sum(row["count"] * row["rounding_seconds"] for row in rows) / 3600,
+        "hours_per_64_samples": 64 * per_sample / 3600,
+        "peak_anonymous_bytes": max(row["peak_anonymous_bytes"] for row in rows),
+    }
 
 
 if __name__ == "__main__":
