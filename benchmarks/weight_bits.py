@@ -9,6 +9,7 @@ the UNet's unconditional and conditional output, of their difference, and of wha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,6 @@ BEST = SCHEMES["pcr-last-20-split"]
 GPTQ: Mapping[str, Any] = {**BEST, "weights": "gptq"}
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "w8": BEST,
-    "w7": {**GPTQ, "weight_bits": 7},
     "w6": {**GPTQ, "weight_bits": 6},
     "w5": {**GPTQ, "weight_bits": 5},
     "w4-keep-6bit": {**GPTQ, "weight_bits": 4, "keep": "6bit"},
@@ -46,10 +46,12 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "w4-rtn": {**BEST, "weight_bits": 4},
 }
 ANATOMY_PROMPTS = 16
+PSNR_OF_ANOTHER_PICTURE = 30.0  # dB, and below
 SHOWN = (
     "mean_weight_bits",
     "fid_to_fp32",
     "psnr_db",
+    "other_pictures",
     "unconditional",
     "conditional",
     "difference",
@@ -75,6 +77,12 @@ def layer_errors(exported: Exported) -> Facts:
     return {
         name: sum(each[name] for each in layers) / len(layers) if layers else None for name in ("error", "rtn_error")
     }
+
+
+def other_pictures(study: Study, folder: str) -> int:
+    """Images that are not FP32's with an error but another picture."""
+    per_image = json.loads((study.folder / "images" / study.domains[0].name / folder / "per_image.json").read_text())
+    return sum(psnr < PSNR_OF_ANOTHER_PICTURE for psnr in per_image["psnr_db"])
 
 
 @torch.inference_mode()
@@ -139,6 +147,7 @@ def main(
             for each in ("n_images", "fid_to_fp32", "clip_score", "psnr_db", "onnx_bytes", "calibration_seconds")
         }
         bits = {"mean_weight_bits": mean_weight_bits(exported, recipe.weight_bits)}
+        bits["other_pictures"] = other_pictures(study, f"{name}-{recipe.seed}-first-{images}")
         parts = anatomy(exported, trajectory, recipe.guidance_scale)
         rows.append({"weights": name, **bits, **figures, **layer_errors(exported), **parts})
         if json_file:

@@ -112,7 +112,9 @@ def test_full_disk_on_the_command_line(
     assert len(lines) == 1, lines
     assert "No space left on device" in lines[0]
     filler.unlink()
-    subprocess.run(["mount", "-o", f"remount,size={8 * DISK_BYTES}", str(disk)], check=True)  # a whole export needs more
+    subprocess.run(
+        ["mount", "-o", f"remount,size={8 * DISK_BYTES}", str(disk)], check=True
+    )  # a whole export needs more
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code

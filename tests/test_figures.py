@@ -28,6 +28,18 @@ def test_study_table_is_the_studys():
         assert f"{facts['clip_score']:.2f} {domain}" in README
 
 
+def test_weights_table_is_the_benchmarks():
+    rows = json.loads((RESULTS / "weight_bits.json").read_text())["rows"]
+    assert {"w8", "w4", "w4-adaround", "w4-rtn"} <= {row["weights"] for row in rows}
+    for row in rows:
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        figures = (
+            f"{row['fid_to_fp32']:.4f} | {row['psnr_db']:.2f} | {row['other_pictures']} | {row['onnx_bytes'] / 1e6:.1f}"
+        )
+        unet = " | ".join(f"{row[name]:.4f}" for name in ("unconditional", "difference", "guided"))
+        assert f"| {row['weights']} | {row['mean_weight_bits']:g} | {figures} | {error} | {unet} |" in README
+
+
 def test_latency_table_is_the_benchmarks():
     rows = json.loads((RESULTS / "cpu_latency.json").read_text())["rows"]
     assert len(rows) >= 5
