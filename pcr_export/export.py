@@ -57,6 +57,7 @@ def export_denoiser(job: Job) -> dict[str, Any]:
     Returns the report that was written to report.json. Raises PcrExportError (exit code 3) where the artifact is further from its
     simulation than the recipe allows; what was computed stays.
     """
+    check_engines(job.engines)  # before a folder is made
     with hold_folder(job.folder):
         exported = quantize_denoiser(job)
         validation = validate_artifact(job, exported) if job.validate else {}
