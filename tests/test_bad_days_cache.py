@@ -109,6 +109,7 @@ def ran(lines: list[str]) -> set[str]:
     return {re.sub(r"\d+$", "", line.split(":")[0]) for line in lines if "running again" in line}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"),
     [pytest.param(name, change, id=f"{name}-{i}") for name in TABLE for i, change in enumerate(TABLE[name])],
