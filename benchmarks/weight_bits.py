@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pcr_export.calibrate.simulate import Simulation
 from pcr_export.export_job import Exported
-from pcr_export.models.denoiser import Inputs
+from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.progress import silent
 from pcr_export.prompts import REFERENCE, prompt_seeds
 from pcr_export.qdiffbench.schemes import SCHEMES
@@ -85,19 +85,17 @@ def other_pictures(study: Study, folder: str) -> int:
     return sum(psnr < PSNR_OF_ANOTHER_PICTURE for psnr in per_image["psnr_db"])
 
 
-@torch.inference_mode()
 def float_trajectory(study: Study, prompts: Sequence[str]) -> list[tuple[Inputs, Tensor]]:
     """The UNet's inputs and outputs at every step of the float model, unconditional rows first."""
-    denoiser = study.model.denoiser()
-    walk = denoiser.walk(prompts, prompt_seeds(prompts, 0))
-    calls, inputs = [], next(walk)
-    while True:
-        output = denoiser(inputs)
-        calls.append((inputs, output))
-        try:
-            inputs = walk.send(output)
-        except StopIteration:
-            return calls
+    denoiser, calls = study.model.denoiser(), []
+
+    @torch.inference_mode()
+    def call(inputs: Inputs) -> Tensor:
+        calls.append((inputs, denoiser(inputs)))
+        return calls[-1][1]
+
+    sample(denoiser, call, prompts, prompt_seeds(prompts, 0))
+    return calls
 
 
 def anatomy(exported: Exported, trajectory: Sequence[tuple[Inputs, Tensor]], guidance_scale: float) -> Facts:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import modelopt.torch.quantization as mtq
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -29,8 +28,8 @@ from torch import Tensor, nn
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.progressive import calibrate
 from pcr_export.calibrate.weights.adaround import AdaRoundSettings
-from pcr_export.calibrate.weights.block import Block, Rounded
-from pcr_export.calibrate.weights.block_inputs import BlockCall, BlockRecorder, read_block_call
+from pcr_export.calibrate.weights.block import Block, Rounded, read_block
+from pcr_export.calibrate.weights.block_inputs import BlockCall, BlockRecorder
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.calibrate.weights.rounding import NEAREST_8
 from pcr_export.models.catalog import resolve
@@ -73,15 +72,7 @@ def record(folder: Path, prompts: int, samples: int, seed: int) -> dict[str, Blo
     layers = find_layers(denoiser, next(denoiser.walk(conditions[:2], seeds[:2])), recipe.skip)
     recorder = BlockRecorder(denoiser, BLOCKS, folder, samples, seed)
     calibrate(denoiser, layers, conditions, seeds, recipe, round_weight=NEAREST_8, on_call=recorder)
-    return {
-        name: Block(
-            name,
-            denoiser.network.get_submodule(name),
-            [layer for layer in layers if layer.name.startswith(f"{name}.")],
-            read_block_call(folder, name),
-        )
-        for name in BLOCKS
-    }
+    return {name: read_block(denoiser.network, name, layers, folder) for name in BLOCKS}
 
 
 def split(call: BlockCall, seed: int) -> tuple[BlockCall, BlockCall]:
@@ -109,11 +100,10 @@ def methods(block: Block, bits: int, seed: int) -> dict[str, Callable[[], Block]
 def with_weights(block: Block, make: Callable[[], Rounded]) -> Block:
     """The block with these weights in its module."""
     module = copy.deepcopy(block.module)
-    for layer, (q, scale) in make().items():
-        path = layer.removeprefix(f"{block.name}.")
-        weight = q * np.reshape(scale, (-1, *[1] * (q.ndim - 1)))
-        module.get_submodule(path).get_parameter("weight").data = torch.from_numpy(weight)
-    return replace(block, module=module)
+    rounded = replace(block, module=module)
+    for layer, integers in make().items():
+        rounded.layer_module(layer).get_parameter("weight").data = block.dequantized(layer, *integers)
+    return rounded
 
 
 def by_modelopt(block: Block, bits: int, method: str) -> Block:

@@ -35,7 +35,7 @@ from pcr_export.graph.weight_file import onnx_files
 from pcr_export.manifest import write_manifest
 from pcr_export.models.denoiser import Inputs
 from pcr_export.qdiffbench.relax_search import RelaxSearch
-from pcr_export.recipe import recipe_key, searched_skips
+from pcr_export.recipe import recipe_key, split_skip
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
@@ -69,7 +69,6 @@ def export_denoiser(job: Job) -> dict[str, Any]:
 def quantize_denoiser(job: Job) -> Exported:
     """Calibrate and write step_scales.safetensors, recipe.json and unet/model.onnx; search the relaxed steps where they are to be."""
     folder, stages = job.folder, Stages(job.folder / ".stages", resume=job.resume, log=job.log)
-    check_engines(job.engines)
     make_folder(folder)
     seeds = job.noise_seeds()
     example = next(job.denoiser.walk([job.conditions[0]] * EXAMPLE_CONDITIONS, [seeds[0]] * EXAMPLE_CONDITIONS))
@@ -163,10 +162,9 @@ def _relaxed_facts(scales: StepScales, choice: Facts) -> Facts:
 
 def search_skipped_layers(job: Job, example: Inputs) -> tuple[Job, dict[str, float]]:
     """The job with the layers that were found in the place of "auto:N", and what they were chosen by; no facts for other jobs."""
-    count = searched_skips(job.recipe.skip)
+    patterns, count = split_skip(job.recipe.skip)
     if not count:
         return job, {}
-    patterns = tuple(pattern for pattern in job.recipe.skip if not pattern.startswith("auto:"))
     conditions, seeds = job.measured_batch(SKIP_PROMPTS)
     recipe = replace(job.recipe, skip=patterns, relax="none")
     errors = SensitivitySearch(

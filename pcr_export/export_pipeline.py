@@ -55,6 +55,7 @@ def export_pipeline(
     Returns:
         The report. Raises PcrExportError as `export_denoiser` does.
     """
+    check_engines(job.engines)  # before a folder is made
     with hold_folder(job.folder):
         return _export_pipeline(job, model, eval_prompts, strip_encoders)
 

@@ -61,6 +61,12 @@ class Manifest:
     image: StoredImage | None  # None: the export painted none
 
 
+def check_exported_folder(folder: Path) -> None:
+    """Raise PcrExportError where `folder` is none."""
+    if not folder.is_dir():
+        raise PcrExportError(f"{folder} is no folder: give one that an export wrote, such as engines/sdxl-w8a8")
+
+
 def write_manifest(folder: Path, image: StoredImage | None = None) -> Manifest:
     """Hash what deployment reads and write FOLDER/manifest.json: the last file of an export. Same files, same bytes.
 

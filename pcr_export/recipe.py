@@ -113,7 +113,7 @@ class Recipe:
         if searched_mean_bits(self.relax, self.relax_bits) is None:
             parse_relaxed_steps(self.relax, self.num_inference_steps)
         self._check_baseline()
-        searched_skips(self.skip)
+        split_skip(self.skip)
         if parse_keep(self.keep) != (0, None) and self.weight_bits == 8:
             raise PcrExportError(f"--keep {self.keep} needs fewer than 8 bits of weights, such as --bits w4a8")
 
@@ -238,16 +238,13 @@ def parse_keep(text: str) -> tuple[int, float | None]:
     return int(match[1] or 0), float(match[2]) if match[2] else None
 
 
-def searched_skips(skip: Sequence[str]) -> int:
-    """N of the pattern "auto:N", 0 without one. Raises PcrExportError where N is no number above 0."""
-    count = 0
-    for pattern in skip:
-        if pattern.startswith("auto:"):
-            digits = pattern.removeprefix("auto:")
-            if not digits.isdecimal() or int(digits) < 1:
-                raise PcrExportError(f"--skip {pattern} is not understood: write a number of layers, such as auto:4")
-            count += int(digits)
-    return count
+def split_skip(skip: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """The module path patterns, and N of "auto:N", 0 without one. Raises PcrExportError where N is no number above 0."""
+    counts = [pattern.removeprefix("auto:") for pattern in skip if pattern.startswith("auto:")]
+    for count in counts:
+        if not count.isdecimal() or int(count) < 1:
+            raise PcrExportError(f"--skip auto:{count} is not understood: write a number of layers, such as auto:4")
+    return tuple(pattern for pattern in skip if not pattern.startswith("auto:")), sum(map(int, counts))
 
 
 def parse_bits(text: str) -> tuple[int, int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pcr_export.errors import PcrExportError
 from pcr_export.recipe import Recipe
 from pcr_export.relaxed_steps import format_steps
 from pcr_export.sites import Layer
@@ -38,6 +40,12 @@ def environment() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}", **versions}
+
+
+def check_format(path: Path, found: object) -> None:
+    """Raise PcrExportError where a file is of a format that is not read here."""
+    if found != FORMAT:
+        raise PcrExportError(f"{path} has format {found}, this version reads {FORMAT}: write it again")
 
 
 def site_rows(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pcr_export.cli import main
 from pcr_export.models.catalog import resolve
-from pcr_export.models.load import load_pipeline
+from pcr_export.models.load import load_float_pipeline
 
 SMALL = ("--steps", "4", "--calib-size", "4", "--images", "3", "--height", "16", "--width", "16")
 
@@ -76,7 +76,7 @@ def test_the_main_job(make, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_a_lora_is_fused_and_kept_in_the_recipe(sdxl_folder, tmp_path, monkeypatch, capsys):
     lora = tmp_path / "style.safetensors"
-    save_as_diffusers(random_updates(load_pipeline(resolve(str(sdxl_folder)))), lora)
+    save_as_diffusers(random_updates(load_float_pipeline(resolve(str(sdxl_folder)))), lora)
     options = ("--steps", "2", "--calib-size", "2", "--no-validate", "--out", tmp_path)
     assert run(monkeypatch, sdxl_folder, *options, "--lora", f"{lora}:0.5") == 0
     folder = tmp_path / "random-sdxl-w8a8"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pcr_export.calibrate.progressive import calibrate
+from pcr_export.calibrate.sensitive_layers import layer_errors
 from pcr_export.calibrate.state import CalibrationState
 from pcr_export.calibrate.weights.adaround import AdaRoundSettings
-from pcr_export.calibrate.weights.block import Block
-from pcr_export.calibrate.weights.block_inputs import BlockRecorder, find_blocks, read_block_call
+from pcr_export.calibrate.weights.block import Block, read_block
+from pcr_export.calibrate.weights.block_inputs import BlockRecorder, find_blocks
 from pcr_export.calibrate.weights.keep import choose_kept
 from pcr_export.calibrate.weights.rounding import (
     NEAREST_8,
@@ -151,8 +152,7 @@ class _Round:
         if not self._recorded:
             self._record()
             self._recorded = True
-        layers = [layer for layer in learning.layers if layer.name in learning.blocks[name]]
-        return Block(name, learning.denoiser.network.get_submodule(name), layers, read_block_call(self._inputs, name))
+        return read_block(learning.denoiser.network, name, learning.layers, self._inputs)
 
     def _sensitivities(self) -> Facts:
         """Layer -> {error, weights}, as `choose_kept` takes them."""
@@ -166,7 +166,10 @@ class _Round:
         return facts
 
     def _measure(self, name: str) -> Facts:
-        return self._open(name).sensitivities(self._learning.recipe.weight_bits)
+        block, learning = self._open(name), self._learning
+        rounding = NearestRounding(learning.recipe.weight_bits)
+        errors = layer_errors(block, rounding, len(learning.denoiser.timesteps), weights_only=True)
+        return {layer: {"error": error, "weights": block.weight(layer).size} for layer, error in errors.items()}
 
     def _record(self) -> None:
         """Walk the trajectory once and keep samples of every block's inputs."""

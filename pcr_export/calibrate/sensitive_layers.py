@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pcr_export.calibrate.ranges import quantize_dequantize, quantizer_from_range
-from pcr_export.calibrate.weights.block import Block
-from pcr_export.calibrate.weights.block_inputs import BlockRecorder, find_blocks, read_block_call
+from pcr_export.calibrate.weights.block import Block, read_block
+from pcr_export.calibrate.weights.block_inputs import BlockRecorder, find_blocks
 from pcr_export.calibrate.weights.rounding import RoundWeight
 from pcr_export.models.denoiser import Denoiser, Inputs, sample
 from pcr_export.progress import Track, silent
@@ -81,18 +81,19 @@ class SensitivitySearch:
         return self._inputs_folder
 
     def _measure(self, name: str) -> dict[str, float]:
-        layers = [layer for layer in self.layers if layer.name in self._blocks[name]]
-        module = self.denoiser.network.get_submodule(name)
-        block = Block(name, module, layers, read_block_call(self._recorded, name))
+        block = read_block(self.denoiser.network, name, self.layers, self._recorded)
         return layer_errors(block, self.round_weight, len(self.denoiser.timesteps))
 
 
 @torch.no_grad()
-def layer_errors(block: Block, round_weight: RoundWeight, num_steps: int) -> dict[str, float]:
+def layer_errors(
+    block: Block, round_weight: RoundWeight, num_steps: int, *, weights_only: bool = False
+) -> dict[str, float]:
     """Layer -> relative squared error of the block's output with that layer alone quantized.
 
     Args:
         num_steps: that the block's samples come from, as many of each, in order.
+        weights_only: leave the layer's input as it is.
     """
     count = block.call.num_samples // num_steps
     calls = [block.call.rows(slice(step * count, (step + 1) * count)) for step in range(num_steps)]
@@ -101,7 +102,7 @@ def layer_errors(block: Block, round_weight: RoundWeight, num_steps: int) -> dic
     errors = {}
     for layer in block.layers:
         weight = block.dequantized(layer.name, *round_weight(layer.name, block.weight(layer.name)))
-        with _input_on_a_grid(block.layer_module(layer.name), layer.affine):
+        with nullcontext() if weights_only else _input_on_a_grid(block.layer_module(layer.name), layer.affine):
             outputs = [block.run({layer.name: weight}, call) for call in calls]
         distances = (x - y for x, y in zip(outputs, exact, strict=True))
         errors[layer.name] = sum(x.double().square().sum().item() for x in distances) / energy

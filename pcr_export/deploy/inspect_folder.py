@@ -12,9 +12,9 @@ from pcr_export.engines.engine_folder import engine_targets
 from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import NAME as MANIFEST
-from pcr_export.manifest import read_manifest
+from pcr_export.manifest import check_exported_folder, read_manifest
 from pcr_export.models.catalog import read_json
-from pcr_export.report import FORMAT as REPORT_FORMAT
+from pcr_export.report import check_format
 from pcr_export.sites import block_of
 from pcr_export.stages import Facts
 from pcr_export.step_scales import StepScales, read_step_scales
@@ -41,8 +41,7 @@ def inspect_folder(folder: Path) -> Facts:
     Raises:
         PcrExportError: the folder is no export, or one of these files is damaged or of another version.
     """
-    if not folder.is_dir():
-        raise PcrExportError(f"{folder} is no folder: give one that an export wrote, such as engines/sdxl-w8a8")
+    check_exported_folder(folder)
     path = folder / "report.json"
     if not path.is_file():
         raise PcrExportError(f"{folder} has no report.json, so no export ended there: make one with `pcr-export MODEL`")
@@ -145,10 +144,7 @@ def _files(folder: Path) -> Facts:
 
 @contextmanager
 def _reading(path: Path, report: Mapping[str, Any]) -> Iterator[None]:
-    if report.get("format") != REPORT_FORMAT:
-        raise PcrExportError(
-            f"{path} has format {report.get('format')}, this version reads {REPORT_FORMAT}: export again"
-        )
+    check_format(path, report.get("format"))
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -17,6 +17,7 @@ from pcr_export.engines.engine_folder import engine_targets, find_engine
 from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.engines.flavours import gpu_target
 from pcr_export.errors import PcrExportError
+from pcr_export.manifest import check_exported_folder
 from pcr_export.models.catalog import read_json, read_model_index
 from pcr_export.models.pipelines import Pipeline
 
@@ -93,8 +94,7 @@ def load_exported_pipeline(
     Raises:
         PcrExportError: the folder is no export, a part of it is missing or damaged, or the engine can't run here.
     """
-    if not folder.is_dir():
-        raise PcrExportError(f"{folder} is no folder: give one that an export wrote, such as engines/sdxl-w8a8")
+    check_exported_folder(folder)
     index = read_model_index(folder)
     if not (folder / "unet" / "model.onnx").is_file():
         raise PcrExportError(

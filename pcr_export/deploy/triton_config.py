@@ -8,10 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
-from google.protobuf.message import DecodeError
 
+from pcr_export.engines.onnx_files import Ports, onnx_ports
 from pcr_export.errors import PcrExportError
 from pcr_export.stages import write_text
 
@@ -44,12 +43,12 @@ MESSAGES: Mapping[str, Mapping[str, str]] = {
     },
 }
 ONNX_TYPES = {
-    ir.DataType.FLOAT: "TYPE_FP32",
-    ir.DataType.FLOAT16: "TYPE_FP16",
-    ir.DataType.INT64: "TYPE_INT64",
-    ir.DataType.INT32: "TYPE_INT32",
-    ir.DataType.UINT8: "TYPE_UINT8",
-    ir.DataType.BOOL: "TYPE_BOOL",
+    "FLOAT": "TYPE_FP32",
+    "FLOAT16": "TYPE_FP16",
+    "INT64": "TYPE_INT64",
+    "INT32": "TYPE_INT32",
+    "UINT8": "TYPE_UINT8",
+    "BOOL": "TYPE_BOOL",
 }
 
 
@@ -81,7 +80,7 @@ class ModelConfig:
     parameters: Mapping[str, str] = field(default_factory=dict)
 
 
-def onnx_ports(path: Path) -> tuple[dict[str, Port], dict[str, Port]]:
+def triton_ports(path: Path) -> tuple[dict[str, Port], dict[str, Port]]:
     """Inputs and outputs of an ONNX model as Triton counts them. Its weights are not read.
 
     An input of rank 0 is `[1]` here: Triton knows no scalars and refuses to reshape to one without a batch axis, and its onnxruntime
@@ -90,20 +89,18 @@ def onnx_ports(path: Path) -> tuple[dict[str, Port], dict[str, Port]]:
     Raises:
         PcrExportError: the file is missing or damaged, or a type is none of Triton's.
     """
-    if not path.is_file():
-        raise PcrExportError(f"{path} does not exist: export again")
-    try:
-        graph = ir.load(path).graph
-    except (DecodeError, ValueError) as error:
-        raise PcrExportError(f"{path} is no ONNX file ({error}): export again") from error
-    return {str(v.name): _port(path, v) for v in graph.inputs}, {str(v.name): _port(path, v) for v in graph.outputs}
+    inputs, outputs = onnx_ports(path)
+    return _triton_ports(path, inputs), _triton_ports(path, outputs)
 
 
-def _port(path: Path, value: ir.Value) -> Port:
-    if value.dtype not in ONNX_TYPES or value.shape is None:
-        raise PcrExportError(f"{path}: {value.name} is {value.dtype} {value.shape}, which Triton can't serve")
-    dims = tuple(dim if isinstance(dim, int) else -1 for dim in value.shape)
-    return ONNX_TYPES[value.dtype], dims or (1,)
+def _triton_ports(path: Path, ports: Ports) -> dict[str, Port]:
+    for name, (kind, axes) in ports.items():
+        if kind not in ONNX_TYPES:
+            raise PcrExportError(f"{path}: {name} is {kind} {list(axes)}, which Triton can't serve")
+    return {
+        name: (ONNX_TYPES[kind], tuple(axis if isinstance(axis, int) else -1 for axis in axes) or (1,))
+        for name, (kind, axes) in ports.items()
+    }
 
 
 def write_config(path: Path, config: ModelConfig, note: str = "") -> None:

@@ -13,8 +13,8 @@ from pcr_export.deploy.triton_config import (
     TENSORRT,
     ModelConfig,
     differences,
-    onnx_ports,
     read_config,
+    triton_ports,
     write_config,
 )
 from pcr_export.deploy.triton_plan import find_plans, plan_onnx, write_plan_onnx
@@ -78,7 +78,7 @@ def check_triton_repository(folder: Path) -> None:
 
 
 def expected_configs(folder: Path) -> Iterator[ModelConfig]:
-    """What each config.pbtxt has to say of the models in `folder`. Raises PcrExportError as `onnx_ports` does."""
+    """What each config.pbtxt has to say of the models in `folder`. Raises PcrExportError as `triton_ports` does."""
     for name in NETWORKS:
         if name == "text_encoder_2" and not (folder / name).exists():
             continue  # only SDXL has two
@@ -104,7 +104,7 @@ def expected_configs(folder: Path) -> Iterator[ModelConfig]:
 
 def _network_config(folder: Path, name: str) -> ModelConfig:
     plans = find_plans(folder / REPOSITORY / name / "1") if name == "unet" else {}
-    inputs, outputs = onnx_ports(plan_onnx(folder) if plans else folder / name / "model.onnx")
+    inputs, outputs = triton_ports(plan_onnx(folder) if plans else folder / name / "model.onnx")
     return ModelConfig(
         name=name,
         backend=TENSORRT if plans else ONNXRUNTIME,

@@ -9,7 +9,7 @@ from pcr_export.deploy.signatures import check_signatures
 from pcr_export.engines.engine_folder import engine_targets, tensorrt_onnx
 from pcr_export.engines.engine_record import check_current, read_engine_record
 from pcr_export.errors import PcrExportError
-from pcr_export.manifest import Manifest, StoredImage, check_files, file_below, read_manifest
+from pcr_export.manifest import Manifest, StoredImage, check_exported_folder, check_files, file_below, read_manifest
 
 Check = tuple[str, str]  # what was checked, what was found
 
@@ -30,8 +30,7 @@ def verify_folder(folder: Path, *, paint: bool = True) -> Iterator[Check]:
     Raises:
         PcrExportError: (exit code 3) one line: what differs and what to do. Exit code 2: the folder is no export.
     """
-    if not folder.is_dir():
-        raise PcrExportError(f"{folder} is no folder: give one that an export wrote, such as engines/sdxl-w8a8")
+    check_exported_folder(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     size = sum(listed.bytes for listed in manifest.files.values())

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from pcr_export.engine_settings import Range
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import path_inside
+from pcr_export.path_inside import path_inside
 
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # minimum, optimum, maximum of every axis
 Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]  # name -> data type such as FLOAT, and axes
@@ -31,10 +31,10 @@ def onnx_ports(path: Path) -> tuple[Ports, Ports]:
     """Inputs and outputs in their order.
 
     Raises:
-        PcrExportError: the file is missing or damaged.
+        PcrExportError: the file is missing or damaged, or does not tell the rank of one.
     """
     graph = _load(path).graph
-    return _ports(graph.inputs), _ports(graph.outputs)
+    return _ports(path, graph.inputs), _ports(path, graph.outputs)
 
 
 def input_shapes(path: Path, axes: Mapping[str, Range]) -> dict[str, ShapeRange]:
@@ -89,14 +89,14 @@ def add_file(digest: hashlib._Hash, path: Path) -> None:
         raise PcrExportError(f"{path} does not exist: export the model again") from error
 
 
-def _ports(values: Iterable[ir.Value]) -> Ports:
-    return {
-        str(value.name): (
-            value.dtype.name if value.dtype is not None else "no type",
-            tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()),
-        )
-        for value in values
-    }
+def _ports(path: Path, values: Iterable[ir.Value]) -> Ports:
+    ports = {}
+    for value in values:
+        if value.shape is None:
+            raise PcrExportError(f"{path} does not tell the shape of {value.name}: export the model again")
+        kind = value.dtype.name if value.dtype is not None else "no type"
+        ports[str(value.name)] = (kind, tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape))
+    return ports
 
 
 def _load(path: Path) -> ir.Model:

@@ -15,7 +15,7 @@ from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import MICROSOFT, Job
 from pcr_export.graph.passes import DIALECTS, HALF_PASSES
 from pcr_export.graph.weight_file import WeightFile
-from pcr_export.models.catalog import path_inside
+from pcr_export.path_inside import path_inside
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
 

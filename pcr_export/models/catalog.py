@@ -144,20 +144,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def path_inside(folder: Path, name: object, source: Path) -> Path:
-    """The file or folder `name` of `folder`, as the file `source` names it. Raises PcrExportError where it is none or leads outside."""
-    if (
-        not isinstance(name, str)
-        or not name
-        or "\0" in name
-        or not (folder / name).resolve().is_relative_to(folder.resolve())
-    ):
-        raise PcrExportError(
-            f"{source} names {name!r}, which does not lie in {folder}: fetch or export the folder again"
-        )
-    return folder / name
-
-
 def fill_in(entry: CatalogEntry, *, class_name: str, sample_size: int, few_steps: bool) -> CatalogEntry:
     """`entry` with every None that sampling needs replaced by what its pipeline class commonly runs with.
 

@@ -54,9 +54,9 @@ def load_model(entry: CatalogEntry) -> LoadedModel:
     """Load the pipeline of `entry` and fill in the settings that it leaves open.
 
     Raises:
-        PcrExportError: as `load_pipeline` does.
+        PcrExportError: as `load_float_pipeline` does.
     """
-    pipeline = load_pipeline(entry)
+    pipeline = load_float_pipeline(entry)
     filled = fill_in(
         entry,
         class_name=type(pipeline).__name__,
@@ -71,12 +71,12 @@ def load_denoiser(model: str, *, negative_prompt: str = "") -> Denoiser:
     """The Denoiser of a catalog name, a pipeline folder or a hub id, at the settings of its catalog entry or class.
 
     Raises:
-        PcrExportError: as `resolve` and `load_pipeline` do.
+        PcrExportError: as `resolve` and `load_float_pipeline` do.
     """
     return load_model(resolve(model)).denoiser(negative_prompt=negative_prompt)
 
 
-def load_pipeline(entry: CatalogEntry) -> Pipeline:
+def load_float_pipeline(entry: CatalogEntry) -> Pipeline:
     """The pipeline of `entry`, float32, in eval mode, without safety checker, with the entry's scheduler and UNet where it has them.
 
     Raises:

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import path_inside, read_json
+from pcr_export.models.catalog import read_json
+from pcr_export.path_inside import path_inside
 from pcr_export.qdiffbench.image_pairs import PairGroup, choose_pairs
 from pcr_export.qdiffbench.metrics import METRICS, NOT_MEASURED, format_metric
 from pcr_export.qdiffbench.page import Chart, Section, Table, write_page
 from pcr_export.qdiffbench.report_figures import draw_bits, draw_error_by_step, draw_scales, draw_sensitivity
 from pcr_export.qdiffbench.scores import PerImage
 from pcr_export.relaxed_steps import format_steps
-from pcr_export.report import engine_memory, summary_rows
+from pcr_export.report import check_format, engine_memory, summary_rows
 from pcr_export.step_scales import StepScales, read_step_scales
 
 NAME = "report.html"
-FORMAT = 1  # of report.json and evaluation.json
 Facts = Mapping[str, Any]
 
 
@@ -49,12 +49,6 @@ def write_html_report(folder: Path) -> Path:
             *_engine_sections(report),
         ]
     return write_page(folder / NAME, title, summary, sections)
-
-
-def check_format(path: Path, found: object) -> None:
-    """Raise PcrExportError where a file is of a format that is not read here."""
-    if found != FORMAT:
-        raise PcrExportError(f"{path} has format {found}, this version reads {FORMAT}: write it again")
 
 
 @contextmanager

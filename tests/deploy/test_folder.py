@@ -26,7 +26,7 @@ from pcr_export.deploy.onnx_parts import export_text_encoder
 from pcr_export.deploy.run import load_exported_pipeline
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import resolve
-from pcr_export.models.load import load_pipeline
+from pcr_export.models.load import load_float_pipeline
 
 ROUNDING = 1e-5  # float32, another order of summation than torch's; the values are of order 1
 
@@ -143,7 +143,7 @@ def test_tokenizer_from_vocabulary_and_merges_alone(sdxl: ExportedFolder, tmp_pa
 
 def test_same_pipeline_same_bytes_wherever_it_lies_and_whatever_it_did(lcm: ExportedFolder, tmp_path: Path) -> None:
     moved = shutil.copytree(lcm.model.entry.source, tmp_path / "moved")
-    pipeline = load_pipeline(resolve(str(moved)))
+    pipeline = load_float_pipeline(resolve(str(moved)))
     pipeline.set_progress_bar_config(disable=True)
     pipeline("a star", num_inference_steps=1, output_type="latent")
     write_configs(pipeline, tmp_path / "again")

@@ -10,14 +10,14 @@ import onnx.parser
 import pytest
 from deploy.conftest import TOY_UNET, ExportedFolder
 
-from pcr_export.deploy.triton_config import ModelConfig, differences, onnx_ports, read_config, write_config
+from pcr_export.deploy.triton_config import ModelConfig, differences, read_config, triton_ports, write_config
 from pcr_export.errors import PcrExportError
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> ModelConfig:
     onnx.save(onnx.parser.parse_model(TOY_UNET), tmp_path / "model.onnx")
-    inputs, outputs = onnx_ports(tmp_path / "model.onnx")
+    inputs, outputs = triton_ports(tmp_path / "model.onnx")
     return ModelConfig(name="unet", backend="onnxruntime", max_batch_size=0, inputs=inputs, outputs=outputs)
 
 
@@ -32,7 +32,7 @@ def test_ports_of_a_unet(config: ModelConfig) -> None:
 
 
 def test_ports_of_a_text_encoder(sdxl: ExportedFolder) -> None:
-    inputs, outputs = onnx_ports(sdxl.folder / "text_encoder_2" / "model.onnx")
+    inputs, outputs = triton_ports(sdxl.folder / "text_encoder_2" / "model.onnx")
     assert inputs == {"input_ids": ("TYPE_INT64", (-1, 16))}
     assert outputs["text_embeds"] == ("TYPE_FP32", (-1, 32))
 
@@ -104,8 +104,8 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_models_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(PcrExportError, match="does not exist: export again"):
-        onnx_ports(tmp_path / "model.onnx")
+    with pytest.raises(PcrExportError, match="does not exist: export the model first"):
+        triton_ports(tmp_path / "model.onnx")
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(PcrExportError, match="is no ONNX file"):
-        onnx_ports(tmp_path / "model.onnx")
+        triton_ports(tmp_path / "model.onnx")

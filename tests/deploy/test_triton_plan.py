@@ -12,7 +12,7 @@ import pytest
 from deploy.conftest import ExportedFolder
 from engines.small_qdq import save_small_graph
 
-from pcr_export.deploy.triton_config import onnx_ports, read_config
+from pcr_export.deploy.triton_config import read_config, triton_ports
 from pcr_export.deploy.triton_plan import find_plans, plan_onnx, write_plan_onnx
 from pcr_export.deploy.triton_repository import check_triton_repository, write_triton_repository
 from pcr_export.engines.engine_folder import tensorrt_onnx
@@ -24,7 +24,7 @@ def test_same_outputs_from_the_same_weights(tmp_path: Path) -> None:
     write_plan_onnx(tmp_path)
     path = plan_onnx(tmp_path)
     assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "model.onnx_data", "triton.onnx"]
-    assert onnx_ports(path)[0]["timestep"] == ("TYPE_FP32", (1,))
+    assert triton_ports(path)[0]["timestep"] == ("TYPE_FP32", (1,))
     onnx.checker.check_model(path)
     sample = np.random.default_rng(0).standard_normal((2, 32, 4, 4), np.float32)
     (expected,) = onnxruntime.InferenceSession(source).run(

@@ -18,7 +18,7 @@ from torch import Tensor
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import resolve
 from pcr_export.models.fuse_lora import multiply_by_alpha
-from pcr_export.models.load import load_model, load_pipeline
+from pcr_export.models.load import load_float_pipeline, load_model
 from pcr_export.models.lora_file import LoraFile
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -37,7 +37,7 @@ def weights(pipeline: Any) -> dict[str, Tensor]:
 
 
 def fused(source: Path, *lora: LoraFile) -> Any:
-    return load_pipeline(replace(resolve(str(source)), lora=lora))
+    return load_float_pipeline(replace(resolve(str(source)), lora=lora))
 
 
 def add_by_hand(pipeline: Any, updates: dict[tuple[str, str], tuple[Tensor, Tensor]], scales: dict[Any, float]) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, resolve
 from pcr_export.models.check_folder import check_folder, weight_variant
-from pcr_export.models.load import load_denoiser, load_model, load_pipeline
+from pcr_export.models.load import load_denoiser, load_float_pipeline, load_model
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def copy(sd: Path, tmp_path: Path) -> Path:
 
 
 def parameters(entry: CatalogEntry) -> list[torch.nn.Parameter]:
-    pipeline = load_pipeline(entry)
+    pipeline = load_float_pipeline(entry)
     return [p for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()]
 
 
@@ -68,12 +68,12 @@ def test_safety_checker_is_left_out(copy: Path) -> None:
         "requires_safety_checker": True,
     }
     (copy / "model_index.json").write_text(json.dumps(index), "utf-8")
-    assert load_pipeline(resolve(str(copy))).safety_checker is None
+    assert load_float_pipeline(resolve(str(copy))).safety_checker is None
 
 
 def test_scheduler_of_the_entry(sd: Path) -> None:
     entry = dataclasses.replace(resolve(str(sd)), scheduler="DDIMScheduler")
-    scheduler = load_pipeline(entry).scheduler
+    scheduler = load_float_pipeline(entry).scheduler
     assert isinstance(scheduler, DDIMScheduler)
     assert scheduler.config.beta_schedule == "scaled_linear"
     few_steps = load_model(dataclasses.replace(resolve(str(sd)), scheduler="LCMScheduler")).entry
@@ -82,16 +82,16 @@ def test_scheduler_of_the_entry(sd: Path) -> None:
 
 def test_tokenizer_json_alone_is_enough(copy: Path) -> None:
     text = "a red star"
-    expected = load_pipeline(resolve(str(copy))).tokenizer(text).input_ids
+    expected = load_float_pipeline(resolve(str(copy))).tokenizer(text).input_ids
     for name in ("vocab.json", "merges.txt"):
         (copy / "tokenizer" / name).unlink()
-    assert load_pipeline(resolve(str(copy))).tokenizer(text).input_ids == expected
+    assert load_float_pipeline(resolve(str(copy))).tokenizer(text).input_ids == expected
 
 
 @pytest.mark.parametrize("name", ["EulerScheduler", "FlowMatchEulerDiscreteScheduler", "__name__"])
 def test_unknown_scheduler(sd: Path, name: str) -> None:
     with pytest.raises(PcrExportError, match=r"choose one of .*DDIMScheduler"):
-        load_pipeline(dataclasses.replace(resolve(str(sd)), scheduler=name))
+        load_float_pipeline(dataclasses.replace(resolve(str(sd)), scheduler=name))
 
 
 @pytest.mark.parametrize(

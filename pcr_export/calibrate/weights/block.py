@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pcr_export.calibrate.weights.adaround import AdaRoundSettings, SoftRounding, learn_rounding
-from pcr_export.calibrate.weights.block_inputs import BlockCall
+from pcr_export.calibrate.weights.block_inputs import BlockCall, read_block_call
 from pcr_export.calibrate.weights.gptq import gptq, output_error
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.sites import Layer
@@ -87,18 +88,6 @@ class Block:
         weight, hessian = self.weight(layer), self.hessians[layer]
         return output_error(q * _column(scale, weight) - weight, hessian) / max(output_error(weight, hessian), 1e-30)
 
-    def sensitivities(self, bits: int) -> dict[str, dict[str, float]]:
-        """Layer -> {error, weights}: the relative squared error of the block's output with that layer alone rounded to nearest."""
-        exact = self.outputs({})
-        energy = max(exact.double().square().sum().item(), 1e-30)
-        found = {}
-        for layer in self._path:
-            weight = self.weight(layer)
-            rounded = self.dequantized(layer, *quantize_weight(weight, bits))
-            error = (self.outputs({layer: rounded}) - exact).double().square().sum().item() / energy
-            found[layer] = {"error": error, "weights": weight.size}
-        return found
-
     @torch.no_grad()
     def outputs(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The block's output for all samples, with these weights in the place of the layers' own; float32 [samples, ...]."""
@@ -151,6 +140,12 @@ class Block:
         site = next(each.site for each in self.layers if each.name == layer)
         window = (module.kernel_size, module.stride, module.padding) if isinstance(module, nn.Conv2d) else ()
         return (site, *window)
+
+
+def read_block(network: nn.Module, name: str, layers: Sequence[Layer], folder: Path) -> Block:
+    """The block `name` of the float network with those of `layers` that are quantized in it, and the inputs recorded in `folder`."""
+    inside = [layer for layer in layers if layer.site and f"{layer.name}.".startswith(f"{name}.")]
+    return Block(name, network.get_submodule(name), inside, read_block_call(folder, name))
 
 
 def _column(scale: np.ndarray, weight: np.ndarray) -> np.ndarray:
