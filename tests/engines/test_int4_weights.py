@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from engines.small_qdq import CHANNELS, LAYERS, save_small_graph
+from engines.small_qdq import CHANNELS, save_small_graph
 from engines.test_tensorrt import request_for
 
 from pcr_export.engines.tensorrt import build_engine
