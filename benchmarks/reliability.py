@@ -38,6 +38,7 @@ TIMES = {
     "build_seconds",
     "parse_seconds",
     "peak_memory_bytes",
+    "float_peak_memory_bytes",
     "peak_bytes",
     "p50",
     "p95",

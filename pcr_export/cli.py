@@ -23,7 +23,7 @@ from pcr_export.engine_settings import BACKENDS, EngineSettings
 from pcr_export.errors import PcrExportError, ScheduleWarning
 from pcr_export.progress import Advance
 from pcr_export.recipe import RANGES, REDUCTIONS, SCHEMES, WEIGHTS, Recipe
-from pcr_export.request import ExportRequest
+from pcr_export.request import PART_FORMS, ExportRequest
 
 INTERRUPTED = 130
 
@@ -74,6 +74,9 @@ LoraFiles = Annotated[
     list[str] | None, typer.Option("--lora", help="FILE[:SCALE], safetensors, fused into the model; may be repeated")
 ]
 Iterations = Annotated[int, typer.Option(help="of --weights adaround, for each block")]
+Parts = Annotated[
+    str, typer.Option(help=f"weights of text encoders and VAE: {', '.join(PART_FORMS)}, as small as is safe")
+]
 StripEncoders = Annotated[
     bool, typer.Option("--strip-encoders", help="write the UNet alone: no text encoders, tokenizers or VAE")
 ]
@@ -128,6 +131,7 @@ def export(
     seed: Annotated[int, typer.Option(help="of everything random")] = Recipe.seed,
     resume: Annotated[bool, typer.Option(help="go on from what an earlier run of this command finished")] = True,
     validate: Annotated[bool, typer.Option(help="compare the artifact with its simulation and with FP32")] = True,
+    parts: Parts = PART_FORMS[0],
     strip_encoders: StripEncoders = False,
     dry_run: Annotated[bool, typer.Option(help="print the plan and stop")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tell more, and show tracebacks")] = False,

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pcr_export.relaxed_steps import format_steps
+from pcr_export.report import part_rows
 
 console = Console(highlight=False)
 Facts = Mapping[str, Any]
@@ -73,6 +74,7 @@ def summary_rows(facts: Facts) -> list[tuple[str, str]]:
         ("relaxed steps", f"{format_steps(relaxed)} ({recipe['relax_bits']} bits)" if relaxed else "none"),
         ("scales", f"{recipe['scheme']}, ranges by {recipe['ranges']}, {recipe['calib_size']} prompts"),
         ("UNet file", f"{_mib(weights['onnx_bytes'])} (float {_mib(weights['float_bytes'])})"),
+        *part_rows(facts["other_parts"]),
         ("recipe", f"sha256 {recipe['hash'][:16]}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in versions.items() if version != NOT_INSTALLED)),
     ]
@@ -122,7 +124,8 @@ def engine_rows(facts: Facts) -> list[tuple[str, ...]]:
     for engine in facts["engines"]:
         if engine["backend"] == "onnxruntime":
             speed = f"{engine['speedup']:.2f}x FP32 onnxruntime" if "speedup" in engine else "not timed"
-            rows.append(("onnxruntime", "cpu", _mib(facts["weights"]["onnx_bytes"]), "", speed))
+            memory = f"{_mib(engine['peak_memory_bytes'])} at most" if "peak_memory_bytes" in engine else ""
+            rows.append(("onnxruntime", "cpu", _mib(facts["weights"]["onnx_bytes"]), memory, speed))
             continue
         memory = " + ".join(
             f"{_mib(engine[key])} {word}"

@@ -316,6 +316,7 @@ def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
         sensitivities=exported.sensitivities,
         weights=exported.weights,
         graph=exported.graph,
+        parts=exported.parts,
         engines=[*validation.get("engines", []), *exported.engines],
         validation=validation,
     )

@@ -66,3 +66,6 @@ class Exported:
     graph: Facts
     engines: list[Facts]  # of TensorRT
     float_graph: Callable[[], ir.Model]  # traced where it is first needed
+    parts: Facts = field(
+        default_factory=dict
+    )  # by text encoder and half of the VAE, where their weights are stored smaller

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from pcr_export.deploy.folder import unet_files, write_pipeline_folder, write_unet_folder, written_files
+from pcr_export.deploy.smaller_parts import part_inputs, shrink_parts
 from pcr_export.deploy.triton_repository import REPOSITORY, write_triton_repository
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.export import finish, hash_weights, make_folder, quantize_denoiser
@@ -21,6 +23,7 @@ from pcr_export.export_validation import validate_artifact
 from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
 from pcr_export.models.catalog import read_json
+from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
@@ -32,54 +35,50 @@ from pcr_export.qdiffbench.images import (
     image_path,
     prompts_per_call,
 )
-from pcr_export.qdiffbench.painters import engine_call, paint_with
+from pcr_export.qdiffbench.painters import FolderPainter, Paint, engine_call, paint_with
 from pcr_export.qdiffbench.scores import measure_scores, write_scores
 from pcr_export.qdiffbench.workers import Workers
 from pcr_export.recipe import Recipe
-from pcr_export.request import ExportRequest
-from pcr_export.stages import Facts, key_hash
+from pcr_export.request import PART_FORMS, ExportRequest
+from pcr_export.stages import Facts, Key, key_hash
 
+PARTS_PROMPTS = 8  # that smaller text encoders and VAE are measured with
 TWICE_DB = 6.1  # twice the error in PSNR
 MOST_PSNR_DB = 40.0  # asked of an image painted again: an error of 2.5 of 255 levels, which nobody sees
 
 
 def export_pipeline(
-    job: Job, model: LoadedModel, eval_prompts: Sequence[str], *, strip_encoders: bool = False
+    job: Job, model: LoadedModel, eval_prompts: Sequence[str], *, parts: str | None = PART_FORMS[0]
 ) -> dict[str, Any]:
     """Export `model` (whose denoiser is job.denoiser) to job.folder: ONNX parts, step scales, images, report.json and manifest.json.
 
     Args:
-        strip_encoders: leave out text encoders, tokenizers and VAE, for machines that have them from elsewhere.
         eval_prompts: an image each of the float model and of the artifact is made of these; at least two where job.validate.
+        parts: form of the weights of text encoders and VAE, "fp32", or at the smallest "fp16" or "int8", where that is measured to be
+            safe; None leaves them and the tokenizers out, for machines that have them from elsewhere.
 
     Returns:
         The report. Raises PcrExportError as `export_denoiser` does.
     """
     check_engines(job.engines)  # before a folder is made
     with hold_folder(job.folder):
-        return _export_pipeline(job, model, eval_prompts, strip_encoders)
+        return _export_pipeline(job, model, eval_prompts, parts)
 
 
-def _export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str], strip_encoders: bool) -> dict[str, Any]:
+def _export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str], parts: str | None) -> dict[str, Any]:
     exported = quantize_denoiser(job)
-    source = model.entry.source
-    exported.stages.run(
-        "package",
-        {
-            **{name: exported.key[name] for name in ("version", "torch", *job.walk_key)},
-            **({"parts": "UNet alone"} if strip_encoders else {}),
-        },
-        unet_files(job.folder) if strip_encoders else written_files(model.pipeline, job.folder),
-        lambda: _package(job, model, strip_encoders),
-    )
-    if strip_encoders:
+    key = _package_key(job, exported, parts)
+    files = unet_files(job.folder) if parts is None else written_files(model.pipeline, job.folder)
+    exported = replace(exported, parts=exported.stages.run("package", key, files, lambda: _package(job, model, parts)))
+    if parts is None:
         shutil.rmtree(job.folder / REPOSITORY, ignore_errors=True)  # which would have no text encoders to name
     else:
         write_triton_repository(job.folder)
     validation = {}
     if job.validate:
         fidelity = validate_artifact(job, exported)
-        validation = {**fidelity, "quality": judge_images(job, exported, Path(source), eval_prompts)}
+        quality = judge_images(job, exported, Path(model.entry.source), eval_prompts, parts)
+        validation = {**fidelity, "quality": quality}
     report = finish(job, exported, validation)
     write_html_report(job.folder)
     write_manifest(job.folder, _first_image(job, eval_prompts) if job.validate else None)
@@ -103,7 +102,7 @@ def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], No
         log=log,
     )
     prompts = evaluation[: request.num_images(recipe, len(evaluation))]
-    return export_pipeline(job, model, prompts, strip_encoders=request.strip_encoders)
+    return export_pipeline(job, model, prompts, parts=None if request.strip_encoders else request.parts)
 
 
 def pipeline_job(model: LoadedModel, recipe: Recipe, prompts: Sequence[str], folder: Path) -> Job:
@@ -134,18 +133,43 @@ def _first_image(job: Job, prompts: Sequence[str]) -> StoredImage:
     )
 
 
-def _package(job: Job, model: LoadedModel, strip_encoders: bool) -> Facts:
-    if strip_encoders:
+def _package_key(job: Job, exported: Exported, parts: str | None) -> Key:
+    """What the other parts' files depend on; smaller ones on the prompts and pictures that they are measured with, too."""
+    names = ("version", "torch", *job.walk_key)
+    if parts == PART_FORMS[0]:
+        return {name: exported.key[name] for name in names}
+    if parts is None:
+        return {**{name: exported.key[name] for name in names}, "parts": "UNet alone"}
+    sampling = ("weights", "calibration set", "recipe num_inference_steps", "recipe guidance_scale")
+    sizes = ("recipe height", "recipe width")
+    return {**{name: exported.key[name] for name in (*names, *sampling, *sizes)}, "parts": parts}
+
+
+def _package(job: Job, model: LoadedModel, parts: str | None) -> Facts:
+    if parts is None:
         write_unet_folder(model.pipeline, job.folder)
         return {}
     with job.track("writing text encoders and VAE", 1) as advance:
         write_pipeline_folder(model.pipeline, job.folder)
         advance(1)
-    return {}
+    if parts == PART_FORMS[0]:
+        return {}
+    conditions, seeds = job.measured_batch(PARTS_PROMPTS)
+    with job.track("pictures to measure them on", len(job.denoiser.timesteps)) as advance:
+
+        def call(inputs: Inputs) -> torch.Tensor:
+            output = job.denoiser(inputs)
+            advance(1)
+            return output
+
+        latents = sample(job.denoiser, call, conditions, seeds)
+    inputs = part_inputs(model.pipeline, conditions, latents)
+    with job.track(f"text encoders and VAE, {parts}", len(inputs)) as advance:
+        return shrink_parts(job.folder, parts, inputs, advance)
 
 
-def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[str]) -> Facts:
-    """Images of the float model and of the artifact, both kept by index, and their scores."""
+def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[str], parts: str | None) -> Facts:
+    """Images of the float model and of the exported folder, both kept by index, and their scores."""
     seeds = prompt_seeds(prompts, job.recipe.seed)
     sampling = {
         name: str(getattr(job.recipe, name)) for name in ("num_inference_steps", "guidance_scale", "height", "width")
@@ -160,9 +184,9 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
     folders = {name: job.folder / "images" / name for name in ("float", "int8")}
     workers = Workers(threads=torch.get_num_threads())
 
-    def make(name: str, call: Any) -> Facts:
+    def make(name: str, paint: Paint) -> Facts:
         generate_images(
-            paint_with(job.denoiser, call),
+            paint,
             prompts,
             seeds,
             folders[name],
@@ -173,12 +197,14 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         return {}
 
     def make_int8() -> Facts:
-        with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx", threads=workers.threads) as engine:
-            return make("int8", engine_call(engine))
+        with _open_artifact(job, parts, workers.threads) as paint:
+            return make("int8", paint)
+
+    int8_key = {**exported.key, **float_key, **_package_key(job, exported, parts)}
 
     for name, key, action in (
-        ("float", float_key, lambda: make("float", job.denoiser)),
-        ("int8", {**exported.key, **float_key}, make_int8),
+        ("float", float_key, lambda: make("float", paint_with(job.denoiser, job.denoiser))),
+        ("int8", int8_key, make_int8),
     ):
         forget_images_of_another_key(folders[name], key_hash(key) if job.resume else "")
         images = [image_path(folders[name], index) for index in range(len(prompts))]
@@ -191,5 +217,16 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         )
         return write_scores(scores, per_image)
 
-    key = {**exported.key, **float_key, "extractors": extractors.name if extractors else "none"}
+    key = {**int8_key, "extractors": extractors.name if extractors else "none"}
     return exported.stages.run("quality", key, [per_image], measure)
+
+
+@contextmanager
+def _open_artifact(job: Job, parts: str | None, threads: int) -> Iterator[Paint]:
+    """The exported folder alone, or its UNet between the float model's other parts where it has none."""
+    if parts is not None:
+        with FolderPainter(folder=job.folder).open(threads) as paint:
+            yield paint
+    else:
+        with OnnxRuntimeEngine(job.folder / "unet" / "model.onnx", threads=threads) as engine:
+            yield paint_with(job.denoiser, engine_call(engine))

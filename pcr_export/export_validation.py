@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.engines.session_memory import measure_memory
 from pcr_export.export_job import Exported, Job
 from pcr_export.graph.to_onnx import save_model
 from pcr_export.qdiffbench.fidelity import Fidelity, measure_fidelity
@@ -61,7 +63,7 @@ def _rounded(value: float) -> float | None:
 def _time_engines(
     job: Job, exported: Exported, scales: StepScales, conditions: Sequence[Any], seeds: Sequence[int]
 ) -> Facts:
-    """Latency at an 8-bit step and, where there is one, at a relaxed step; the float graph's beside it."""
+    """Latency at an 8-bit step and, where there is one, at a relaxed step, and memory; the float graph's beside them."""
     inputs = {name: x.numpy() for name, x in next(job.denoiser.walk(conditions, seeds)).items()}
     threads = torch.get_num_threads()
     quantized, floating = job.folder / "unet" / "model.onnx", exported.stages.folder / "float" / "model.onnx"
@@ -73,14 +75,22 @@ def _time_engines(
         ("relaxed_latency_ms", quantized, relaxed),
     ]
     latencies = {}
-    with job.track("timing onnxruntime", len(runs)) as advance:
+    with job.track("timing onnxruntime", len(runs) + 1) as advance:
         for name, path, timesteps in runs:
             if len(timesteps):
                 with OnnxRuntimeEngine(path, threads=threads) as engine:
                     latency = engine.latency({**inputs, job.denoiser.timestep: timesteps[0]}, LATENCY_RUNS)
                 latencies[name] = asdict(latency)
             advance(1)
-    facts = {"backend": "onnxruntime", "target": "cpu", "built": True, "ran": True, "threads": threads, **latencies}
+        step = relaxed[0] if len(relaxed) else plain[0]  # the one that takes more
+        feed = {**inputs, job.denoiser.timestep: np.asarray(step)}
+        memory = {
+            "peak_memory_bytes": measure_memory(quantized, feed, threads),
+            "float_peak_memory_bytes": measure_memory(floating, feed, threads),
+        }
+        advance(1)
+    facts = {"backend": "onnxruntime", "target": "cpu", "built": True, "ran": True, "threads": threads}
+    facts |= {**latencies, **memory}
     facts["batch"] = len(next(iter(inputs.values())))
     facts["speedup"] = round(latencies["float_latency_ms"]["p50"] / latencies["latency_ms"]["p50"], 3)
     return facts

@@ -93,6 +93,7 @@ def make_report(
     sensitivities: Mapping[str, float],
     weights: Facts,
     graph: Facts,
+    parts: Facts,
     engines: Sequence[Facts],
     validation: Facts,
 ) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def make_report(
         "weights": {"seconds": weights["seconds"]},
         "sites": site_rows(layers, recipe, weights["layers"], sensitivities, site_sqnr),
         "graph": dict(graph),
+        "parts": dict(parts),
         "engines": list(engines),
         "fidelity": fidelity or None,
         "quality": validation.get("quality"),
@@ -135,6 +137,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_relaxed_rows(report["relaxed"]),
         *_weight_rows(report),
         ("UNet file", f"{graph['onnx_bytes'] / 2**20:.1f} MiB (float {graph['float_bytes'] / 2**20:.1f} MiB)"),
+        *part_rows(report.get("parts", {})),
     ]
     for engine in report["engines"]:
         rows.extend(_onnxruntime_rows(engine) if engine["backend"] == "onnxruntime" else _tensorrt_rows(engine))
@@ -186,11 +189,24 @@ def _weight_rows(report: Facts) -> list[tuple[str, str]]:
     ]
 
 
+def part_rows(parts: Facts) -> list[tuple[str, str]]:
+    """Text encoders and VAE whose weights were to be stored smaller: the form that each has, and how far each form is from float32."""
+    rows = []
+    for name, part in parts.items():
+        errors = ", ".join(f"{form} {_db(value)}" for form, value in part["sqnr_db"].items())
+        sizes = f"{part['bytes'] / 2**20:.1f} MiB (float {part['float_bytes'] / 2**20:.1f} MiB)"
+        rows.append((name, f"{part['form']}, {sizes}; against fp32: {errors}"))
+    return rows
+
+
 def _onnxruntime_rows(engine: Facts) -> list[tuple[str, str]]:
     quantized, floating = engine["latency_ms"]["p50"], engine["float_latency_ms"]["p50"]
     relaxed = f", relaxed step {engine['relaxed_latency_ms']['p50']:.1f}" if "relaxed_latency_ms" in engine else ""
     where = f"batch {engine['batch']}, {engine['threads']} threads"
-    return [("onnxruntime ms", f"{quantized:.1f}{relaxed}, FP32 {floating:.1f}: {engine['speedup']:.2f}x ({where})")]
+    rows = [("onnxruntime ms", f"{quantized:.1f}{relaxed}, FP32 {floating:.1f}: {engine['speedup']:.2f}x ({where})")]
+    if "peak_memory_bytes" in engine:
+        rows.append(("onnxruntime memory", session_memory(engine)))
+    return rows
 
 
 def _tensorrt_rows(engine: Facts) -> list[tuple[str, str]]:
@@ -211,6 +227,12 @@ def _tensorrt_rows(engine: Facts) -> list[tuple[str, str]]:
     if "warning" in engine:
         rows.append(("warning", engine["warning"]))
     return rows
+
+
+def session_memory(engine: Facts) -> str:
+    """Memory of onnxruntime's session at most, loading and running once."""
+    ours, floats = (engine[name] / 2**20 for name in ("peak_memory_bytes", "float_peak_memory_bytes"))
+    return f"{ours:.1f} MiB at most (FP32 {floats:.1f} MiB)"
 
 
 def engine_memory(engine: Facts) -> str:

@@ -17,6 +17,7 @@ from pcr_export.recipe import Recipe, parse_bits
 CALIBRATION_PIXELS_PER_CALL = 2**20  # prompts of one UNet call, times height and width
 VALIDATION_PIXELS = 2**19  # validation images, times height and width
 MOST_IMAGES = 128
+PART_FORMS = ("fp32", "fp16", "int8")  # of the weights of text encoders and VAE, each smaller than the one before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class ExportRequest:
     seed: int
     resume: bool
     validate: bool
+    parts: str
     strip_encoders: bool
 
     def entry(self) -> CatalogEntry:
@@ -117,6 +119,10 @@ class ExportRequest:
             ),
             num_prompts=len(self.prompt_sets()[0]),
         )
+        if self.parts not in PART_FORMS:
+            raise PcrExportError(f"--parts {self.parts} is unknown: choose one of {', '.join(PART_FORMS)}")
+        if self.strip_encoders and self.parts != PART_FORMS[0]:
+            raise PcrExportError(f"--parts {self.parts} needs the parts that --strip-encoders leaves out: choose one")
         if self.validate and self.images is not None and self.images < 2:
             raise PcrExportError(f"--images {self.images}: give 2 or more, or --no-validate")
 
@@ -168,7 +174,7 @@ class ExportRequest:
         own = "the model's own"
         sampling = ("name", "source", "num_inference_steps", "guidance_scale", "height", "width")
         rows = [(name, own if (value := getattr(entry, name)) is None else str(value)) for name in sampling]
-        asked = ("bits", "scheme", "ranges", "affine", "relax", "relax_bits", "calib_batch", "seed")
+        asked = ("bits", "parts", "scheme", "ranges", "affine", "relax", "relax_bits", "calib_batch", "seed")
         rows += [(name, own if (value := getattr(self, name)) is None else str(value)) for name in asked]
         rows += [("lora", f"{lora.path} x {lora.scale:g}") for lora in entry.lora]
         return [

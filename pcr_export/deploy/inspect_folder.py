@@ -64,6 +64,7 @@ def inspect_folder(folder: Path) -> Facts:
             "layers": report["sites"],
             "float": _reasons(report["sites"]),
             "versions": report["environment"],
+            "other_parts": report.get("parts", {}),
             "engines": [*_onnxruntime(report), *(_engine(folder, report, each) for each in engine_targets(folder))],
             **_files(folder),
         }

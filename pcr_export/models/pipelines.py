@@ -209,17 +209,20 @@ def _unconditional_first(encoded: Sequence[Tensor], guided: bool) -> Iterator[Te
 
 @torch.no_grad()
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Latents float32 [batch, channels, h, w] to images float32 [batch, 3, h f, w f] in 0..1.
+    """Latents float32 [batch, channels, h, w] of a sampler to images float32 [batch, 3, h f, w f] in 0..1."""
+    decode: Any = vae.decode
+    image: Tensor = decode(unscale_latents(vae, latents), return_dict=False)[0]
+    return (image * 0.5 + 0.5).clamp(0, 1)
 
-    With the VAE's latents_mean m and latents_std s, where it has them:  image = decode(latents s / scaling_factor + m) / 2 + 1 / 2.
+
+def unscale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """A sampler's latents as the VAE's decoder reads them, [batch, channels, h, w] both.
+
+    With the VAE's latents_mean m and latents_std s, where it has them:  latents s / scaling_factor + m.
     """
     config: Any = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) / config.scaling_factor
-        latents = latents + latents.new_tensor(mean).view(1, -1, 1, 1)
-    else:
-        latents = latents / config.scaling_factor
-    decode: Any = vae.decode
-    image: Tensor = decode(latents, return_dict=False)[0]
-    return (image * 0.5 + 0.5).clamp(0, 1)
+    if mean is None or std is None:
+        return latents / config.scaling_factor
+    latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) / config.scaling_factor
+    return latents + latents.new_tensor(mean).view(1, -1, 1, 1)
