@@ -95,3 +95,29 @@ def test_bad_days_are_the_benchmarks():
     for name in ("disk", "concurrency", "bad input", "cache"):
         passed = sum(row["outcome"] == "passed" for row in result[name])
         assert f"| {name} | {len(result[name])} | {passed} |" in README
+
+
+def test_gptq_at_full_size_is_the_benchmarks():
+    facts = json.loads((RESULTS / "gptq_full_size.json").read_text())
+    rows, inputs = facts["rows"], facts["samples"]
+    shown = [row for row in rows if f"| {row['block']} |" in README]
+    assert len(shown) >= 6
+    for row in shown:
+        seconds = f"{row['hessian_seconds'] / inputs:.2f} | {row['rounding_seconds']:.1f}"
+        memory = f"{row['peak_anonymous_bytes'] / 2**30:.2f}"
+        assert f"| {row['block']} | {row['count']} | {row['fan_in']} | {seconds} | {memory} |" in README
+    rounding = sum(row["count"] * row["rounding_seconds"] for row in rows)
+    hessians = sum(row["count"] * row["hessian_seconds"] for row in rows) / inputs
+    assert f"= {rounding:.0f} s, {rounding / 3600:.1f} h. Hessians:" in README
+    assert f"= {hessians:.0f} s for each input, {50 * hessians / 3600:.1f} h for 50" in README
+    assert f"Peak {max(row['peak_anonymous_bytes'] for row in rows) / 2**30:.1f} GiB" in README
+
+
+def test_smaller_parts_are_the_benchmarks():
+    rows = json.loads((RESULTS / "smaller_parts.json").read_text())["rows"]
+    assert [row["form"] for row in rows] == ["fp16", "int8"]
+    for row in rows:
+        decibels = [part["sqnr_db"][row["form"]] for part in row["parts"].values()]
+        least = "exact" if None in decibels else f"{min(decibels):.1f}"
+        images = f"{row['psnr_db']:.1f} | {row['worst_psnr_db']:.1f}"
+        assert f"| {row['form']} | {row['bytes'] / row['float_bytes']:.2f} | {least} | {images} |" in README
