@@ -274,6 +274,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *argumen
         (("--percentile", "nan"), "must lie in"),
         (("--smooth-quant", "nan"), "must lie in"),
         (("--bits", "w4a8", "--keep", "9" * 5000), "is not understood"),
+        (("--parts", "int4"), "choose one of fp32, fp16, int8"),
+        (("--parts", "fp16", "--strip-encoders"), "leaves out: choose one"),
         (("--calib-size", -5), "at least 1"),
         (("--batch", "99999999999999999999999:1:1"), "MIN <= OPT <= MAX"),
         (("--prompts-file", "/dev/null"), "holds no prompt"),
