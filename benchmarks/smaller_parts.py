@@ -3,7 +3,8 @@
     python benchmarks/smaller_parts.py --json FILE
 
 The reference model as an exported folder with its float32 UNet, so that nothing but these parts differs from the float model: PSNR of
-its images to those of the same folder with float32 parts.
+its images to those of the same folder with float32 parts. Then, with random weights at full size, what onnxruntime takes for SDXL's first
+text encoder (two prompts) and its VAE decoder (128 x 128 pixels): bytes of the files, memory, and time of a call beside float32's.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 import typer
+from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from pcr_export.deploy.folder import write_pipeline_folder
-from pcr_export.deploy.smaller_parts import part_inputs, shrink_parts
+from pcr_export.deploy.onnx_parts import export_text_encoder, export_vae_decoder
+from pcr_export.deploy.smaller_parts import part_inputs, shrink_parts, store_smaller
+from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.engines.session_memory import measure_memory
 from pcr_export.export_pipeline import PARTS_PROMPTS
-from pcr_export.graph.to_onnx import export_float_onnx
+from pcr_export.graph.to_onnx import export_float_onnx, save_model
+from pcr_export.graph.weight_file import onnx_files
 from pcr_export.models.catalog import resolve
 from pcr_export.models.denoiser import sample
 from pcr_export.models.load import load_model
@@ -32,11 +40,66 @@ from pcr_export.qdiffbench.painters import FolderPainter
 from pcr_export.request import PART_FORMS
 from pcr_export.stages import write_json
 
+CALLS = 5  # of which the median counts
+
 
 def paint(folder: Path, prompts: list[str], threads: int) -> np.ndarray:
     """Images of the folder's own networks, uint8 [prompts, height, width, 3]."""
     with FolderPainter(folder=folder).open(threads) as painter:
         return painter(prompts, prompt_seeds(prompts, 0))
+
+
+def text_encoder() -> CLIPTextModel:
+    """CLIP ViT-L/14's text tower, random."""
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return CLIPTextModel(CLIPTextConfig(**sizes, projection_dim=768)).eval()
+
+
+def autoencoder() -> AutoencoderKL:
+    """SDXL's VAE, random."""
+    levels = 4
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    ).eval()
+
+
+def full_size_rows(folder: Path, threads: int) -> list[dict[str, Any]]:
+    """Bytes, memory and milliseconds of each form of both parts."""
+    torch.manual_seed(0)
+    latents = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
+    feeds = {"text_encoder": {"input_ids": np.zeros((2, 77), np.int64)}, "vae_decoder": {"latent_sample": latents}}
+    export_text_encoder(text_encoder(), 77, folder / "text_encoder" / PART_FORMS[0] / "model.onnx")
+    export_vae_decoder(autoencoder(), folder / "vae_decoder" / PART_FORMS[0] / "model.onnx")
+    rows = []
+    for name, feed in feeds.items():
+        for form in PART_FORMS:
+            path = folder / name / form / "model.onnx"
+            if form != PART_FORMS[0]:
+                model = ir.load(path.parents[1] / PART_FORMS[0] / "model.onnx")
+                store_smaller(model, form)
+                save_model(model, path)
+            with OnnxRuntimeEngine(path, threads=threads) as engine:
+                milliseconds = engine.latency(feed, CALLS).p50
+            size = sum(file.stat().st_size for file in onnx_files(path))
+            memory = measure_memory(path, feed, threads)
+            rows.append(
+                {"part": name, "form": form, "bytes": size, "memory_bytes": memory, "milliseconds": milliseconds}
+            )
+    return rows
+
+
+def show_full_size(rows: list[dict[str, Any]]) -> None:
+    """Each form beside its part's float32."""
+    table = Table("part", "form", "file, MB", "memory, MB", "times fp32's time")
+    floats = {row["part"]: row["milliseconds"] for row in rows if row["form"] == PART_FORMS[0]}
+    for row in rows:
+        sizes = (f"{row[name] / 1e6:.0f}" for name in ("bytes", "memory_bytes"))
+        table.add_row(row["part"], row["form"], *sizes, f"{row['milliseconds'] / floats[row['part']]:.2f}")
+    Console().print(table)
 
 
 def main(
@@ -71,8 +134,11 @@ def main(
         share = f"{row['bytes'] / row['float_bytes']:.2f}"
         table.add_row(row["form"], share, least, f"{row['psnr_db']:.1f}", f"{row['worst_psnr_db']:.1f}")
     Console().print(table)
+    with tempfile.TemporaryDirectory() as scratch:
+        full_size = full_size_rows(Path(scratch), threads)
+    show_full_size(full_size)
     if json_file:
-        write_json(json_file, {"images": images, "rows": rows})
+        write_json(json_file, {"images": images, "threads": threads, "rows": rows, "full_size": full_size})
 
 
 if __name__ == "__main__":
