@@ -100,7 +100,7 @@ def test_bad_days_are_the_benchmarks():
 def test_gptq_at_full_size_is_the_benchmarks():
     facts = json.loads((RESULTS / "gptq_full_size.json").read_text())
     rows, inputs = facts["rows"], facts["samples"]
-    shown = [row for row in rows if f"| {row['block']} |" in README]
+    shown = [row for row in rows if f"\n| {row['block']} |" in README]
     assert len(shown) >= 6
     for row in shown:
         seconds = f"{row['hessian_seconds'] / inputs:.2f} | {row['rounding_seconds']:.1f}"
@@ -114,10 +114,24 @@ def test_gptq_at_full_size_is_the_benchmarks():
 
 
 def test_smaller_parts_are_the_benchmarks():
-    rows = json.loads((RESULTS / "smaller_parts.json").read_text())["rows"]
+    facts = json.loads((RESULTS / "smaller_parts.json").read_text())
+    rows = facts["rows"]
     assert [row["form"] for row in rows] == ["fp16", "int8"]
     for row in rows:
         decibels = [part["sqnr_db"][row["form"]] for part in row["parts"].values()]
         least = "exact" if None in decibels else f"{min(decibels):.1f}"
         images = f"{row['psnr_db']:.1f} | {row['worst_psnr_db']:.1f}"
         assert f"| {row['form']} | {row['bytes'] / row['float_bytes']:.2f} | {least} | {images} |" in README
+    floats = {row["part"]: row["milliseconds"] for row in facts["full_size"] if row["form"] == "fp32"}
+    assert len(facts["full_size"]) == 6
+    for row in facts["full_size"]:
+        sizes = f"{row['bytes'] / 1e6:.0f} | {row['memory_bytes'] / 1e6:.0f}"
+        assert f" | {row['form']} | {sizes} | {row['milliseconds'] / floats[row['part']]:.2f} |" in README
+
+
+def test_rounding_methods_are_the_benchmarks():
+    rows = json.loads((RESULTS / "weight_rounding.json").read_text())["rows"]
+    assert {"GPTQ", "AdaRound from GPTQ (500 iterations)", "ModelOpt, GPTQ"} <= {row["method"] for row in rows}
+    for row in rows:
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| {row['method']} | ")]
+        assert f"{row['error']:.1e} ({row['seconds']:g} s)" in line
