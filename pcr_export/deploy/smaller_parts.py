@@ -1,9 +1,12 @@
 """Text encoders and VAE with weights of fewer bytes, where that is measured to be safe: float16, or INT8 per output channel.
 
-Weights are stored smaller, and onnxruntime computes in float32 from them, so that nothing overflows and no signature changes:
+Weights are stored smaller and become float32 in the graph, so that nothing overflows and no signature changes:
 
-    fp16   float16 -> Cast -> float32              exact for a model that was published in float16
+    fp16   float16 -> Cast -> float32              exact for a model that was published in float16; widened once, as onnxruntime loads it
     int8   int8, one scale per output channel -> DequantizeLinear -> float32; embedding tables in float16
+
+onnxruntime makes one kernel of DequantizeLinear and a MatMul whose width divides by 32 (MatMulNBits), which takes its input in INT8 too,
+a scale for every 32 values. What is measured is what it runs.
 """
 
 from __future__ import annotations
