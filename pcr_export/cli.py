@@ -66,6 +66,9 @@ SmoothQuant = Annotated[float | None, typer.Option(help="SmoothQuant's alpha for
 SplitShortcut = Annotated[
     bool, typer.Option("--split-shortcut", help="a scale for each half of what a 1x1 convolution joins")
 ]
+FirstToken = Annotated[
+    str, typer.Option(help="of a text, quantized: together, apart; auto: apart where it dwarfs the others, as SDXL's")
+]
 Weights = Annotated[str, typer.Option(help=f"how they are rounded: {', '.join(WEIGHTS)}")]
 Keep = Annotated[str, typer.Option(help="layers that keep 8-bit weights: how many, or mean bits such as 4.5bit")]
 WeightSamples = Annotated[int, typer.Option(help="UNet inputs that rounding is learned from")]
@@ -114,6 +117,7 @@ def export(
     reduce: Reduce = Recipe.reduce,
     smooth_quant: SmoothQuant = Recipe.smooth_quant,
     split_shortcut: SplitShortcut = Recipe.split_shortcut,
+    first_token: FirstToken = Recipe.first_token,
     relax: Annotated[str | None, typer.Option(help="none, last:20%, 0:4,17, auto:8.4 [default: the model's]")] = None,
     relax_bits: Annotated[int, typer.Option(help="activation bits of relaxed steps, 9 to 16")] = Recipe.relax_bits,
     weights: Weights = Recipe.weights,

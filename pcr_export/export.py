@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pcr_export import __version__
+from pcr_export.calibrate.first_token import find_first_tokens
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.learn_weights import WeightLearning, learns_weights, weights_folder
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
@@ -76,7 +77,7 @@ def quantize_denoiser(job: Job) -> Exported:
     scales_path, graph_path = folder / "step_scales.safetensors", folder / "unet" / "model.onnx"
     write_text(folder / "recipe.json", job.recipe.to_json())
     float_graph = job.float_graph or functools.cache(functools.partial(_trace, job, example))
-    job, sensitivities = search_skipped_layers(job, example)
+    job, sensitivities = search_skipped_layers(_choose_first_token(job, example), example)
     job, choice = search_relaxed_steps(replace(job, float_graph=float_graph))
     calibration_key = _calibration_key(job)
     if rewrites_network(job.recipe):
@@ -153,6 +154,17 @@ def _calibration_key(job: Job) -> Key:
         **recipe_key(job.recipe),
         "calibration set": key_hash({str(seed): str(condition) for seed, condition in seeds_and_conditions}),
     }
+
+
+def _choose_first_token(job: Job, example: Inputs) -> Job:
+    """The job with "auto" replaced: a text's first token is quantized apart where it stands out."""
+    if job.recipe.first_token != "auto":
+        return job
+    layers = find_layers(job.denoiser, example, split_skip(job.recipe.skip)[0])
+    sites = find_first_tokens(job.denoiser, example, layers)
+    if sites:
+        job.log(f"the first token stands out at {len(sites)} sites ({', '.join(sorted(sites)[:3])}): quantized apart")
+    return replace(job, recipe=replace(job.recipe, first_token="apart" if sites else "together"))
 
 
 def _relaxed_facts(scales: StepScales, choice: Facts) -> Facts:

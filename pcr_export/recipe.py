@@ -18,6 +18,7 @@ RANGES = ("mse", "minmax", "percentile")
 SCHEMES = ("progressive", "float-trajectory", "static")
 REDUCTIONS = ("pooled", "min-mean")
 WEIGHTS = ("rtn", "gptq", "adaround")
+FIRST_TOKEN = ("auto", "together", "apart")
 SKIPPED_BY_DEFAULT = ("conv_in", "conv_out")
 MOST_STEPS = 1000  # what the schedulers of diffusers were trained with
 MOST_DRAWS = 10**5  # of --observed-steps normal
@@ -62,6 +63,9 @@ class Recipe:
     reduce: str = "pooled"  # of scheme="static" over steps: "pooled" or ModelOpt's "min-mean"
     smooth_quant: float | None = None  # SmoothQuant's alpha for every quantized Linear; None: not smoothed
     split_shortcut: bool = False  # the decoder's conv_shortcut in halves with scales of their own
+    first_token: str = (
+        "auto"  # of a text: quantized "together" with the others, or "apart"; "auto": apart where it stands out
+    )
     relax: str = "none"  # "none", "first:20%", "last:0.2", steps such as "0:4,17", or "auto:8.4": searched
     relax_bits: int = 10  # activation bits on relaxed steps
     weights: str = "rtn"  # how they are rounded: to nearest, or learned
@@ -84,6 +88,7 @@ class Recipe:
             (self.scheme, SCHEMES, "--scheme"),
             (self.reduce, REDUCTIONS, "--reduce"),
             (self.weights, WEIGHTS, "--weights"),
+            (self.first_token, FIRST_TOKEN, "--first-token"),
         ):
             if value not in known:
                 raise PcrExportError(f"{flag} {value} is unknown: choose one of {', '.join(known)}")
@@ -144,6 +149,7 @@ LATER_SETTINGS = {  # that came after results were published, at the values that
     "weight_rounds": 1,
     "adaround_iterations": 500,
     "lora": (),
+    "first_token": "auto",  # the models of those results have no such token
 }
 
 

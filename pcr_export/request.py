@@ -49,6 +49,7 @@ class ExportRequest:
     reduce: str
     smooth_quant: float | None
     split_shortcut: bool
+    first_token: str
     relax: str | None
     relax_bits: int
     weights: str
@@ -149,6 +150,7 @@ class ExportRequest:
             reduce=self.reduce,
             smooth_quant=self.smooth_quant,
             split_shortcut=self.split_shortcut,
+            first_token=self.first_token,
             relax=own_relax if self.relax is None else self.relax,
             relax_bits=self.relax_bits,
             weights=self.weights,

@@ -58,6 +58,7 @@ TABLE: dict[str, list[Change]] = {
     "reduce": [Change("min-mean", ALL, {**STATIC, "ranges": "minmax", "affine": False})],
     "smooth_quant": [Change(0.5, ALL)],
     "split_shortcut": [Change(True, ALL)],
+    "first_token": [Change("together", NONE)],  # as "auto" finds it
     "relax": [Change("first:40%", ALL), Change("first:40%", ALL, GPTQ)],  # and no weight is learned again
     "relax_bits": [Change(11, NONE), Change(11, ALL, {"relax": "first:40%"})],
     "weights": [Change("adaround", ALL | BLOCKS, {**GPTQ, "adaround_iterations": 2})],

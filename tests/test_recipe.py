@@ -34,6 +34,7 @@ def test_every_setting_changes_the_hash():
         "weights": "gptq",
         "keep": "4",
         "lora": (LORA,),
+        "first_token": "together",
     }
     companions = {
         "observed_steps": {"scheme": "static"},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pcr_export.calibrate.first_token import split_first_tokens
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.smooth_quant import channel_peaks, smooth_linears
 from pcr_export.calibrate.split_shortcut import split_shortcuts
@@ -17,7 +18,7 @@ from pcr_export.recipe import Recipe
 
 def rewrites_network(recipe: Recipe) -> bool:
     """Whether `rewrite_network` makes another network of it."""
-    return recipe.split_shortcut or recipe.smooth_quant is not None
+    return recipe.first_token == "apart" or recipe.split_shortcut or recipe.smooth_quant is not None
 
 
 def rewrite_network(
@@ -29,7 +30,7 @@ def rewrite_network(
     *,
     track: Track = silent,
 ) -> Denoiser:
-    """The denoiser with shortcuts split and Linears smoothed as the recipe tells; `denoiser` itself where it tells neither.
+    """The denoiser with first tokens apart, shortcuts split and Linears smoothed as the recipe tells; else `denoiser` itself.
 
     Exact but for rounding. The network is a copy that shares the weights that stay as they are; its new modules have paths of their
     own, such as `up_blocks.0.resnets.0.conv_shortcut.deep` or `mid_block...to_q.linear`.
@@ -43,6 +44,8 @@ def rewrite_network(
     network = denoiser.network
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     rewritten = replace(denoiser, network=copy.deepcopy(network, shared))
+    if recipe.first_token == "apart":
+        split_first_tokens(rewritten, example, find_layers(rewritten, example, recipe.skip))
     if recipe.split_shortcut:
         split_shortcuts(rewritten, example, find_layers(rewritten, example, recipe.skip))
     if recipe.smooth_quant is not None:

@@ -13,7 +13,6 @@ import torch
 
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.learn_weights import rounding_of
-from pcr_export.calibrate.rewrite_network import rewrites_network
 from pcr_export.calibrate.simulate import Simulation, simulated_call
 from pcr_export.deploy.run import load_exported_model
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
@@ -143,12 +142,12 @@ class SimulationPainter:
         with torch_threads(threads):
             denoiser = self.settings.load()
             recipe = read_recipe(self.folder)
-            if rewrites_network(recipe):
+            scales = read_step_scales(self.folder / "step_scales.safetensors")
+            if not set(scales.layers) <= {name for name, _ in denoiser.network.named_modules()}:
                 raise PcrExportError(
                     f"{self.folder} quantizes a rewritten network, which is simulated only while it is calibrated: "
                     "score the artifact"
                 )
-            scales = read_step_scales(self.folder / "step_scales.safetensors")
             example = next(denoiser.walk(["", ""], [0, 1]))
             quantized = [layer.name for layer in find_layers(denoiser, example, recipe.skip) if layer.site]
             searched = [name for name in quantized if name not in scales.layers]  # those of --skip auto:N
