@@ -163,7 +163,7 @@ def _choose_first_token(job: Job, example: Inputs) -> Job:
     layers = find_layers(job.denoiser, example, split_skip(job.recipe.skip)[0])
     sites = find_first_tokens(job.denoiser, example, layers)
     if sites:
-        job.log(f"the first token stands out at {len(sites)} sites ({', '.join(sorted(sites)[:3])}): quantized apart")
+        job.log(f"the first token stands out at {', '.join(sorted(sites))}: quantized apart")
     return replace(job, recipe=replace(job.recipe, first_token="apart" if sites else "together"))
 
 

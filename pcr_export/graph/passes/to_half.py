@@ -20,7 +20,8 @@ class ToHalf:
 
     1. graph inputs and outputs: Cast(input) where a float16 node reads it, output = Cast(half)
     2. what leads to a Sin or Cos: sin(999 f) needs more than 11 bits; its readers read Cast(sin)
-    3. weight and bias of pcr.Linear and pcr.Conv, which are quantized from float32 later
+    3. what leads to a difference that quantized layers alone read: of a large first token, x - p u leaves less than float16's rounding of x
+    4. weight and bias of pcr.Linear and pcr.Conv, which are quantized from float32 later
 
     A node whose inputs had one type before has one type afterwards, concatenations of both kinds of embedding included.
     """
@@ -112,10 +113,15 @@ class _Conversion:
         cast.replace_input_with(0, output)
 
 
+def _is_difference_for_layers(node: ir.Node) -> bool:
+    readers = node.outputs[0].uses()
+    return node.op_type == "Sub" and bool(readers) and all(reader.domain == DOMAIN for reader, _ in readers)
+
+
 def _precise_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Sin and Cos and every node before them, up to the quantized layers."""
+    """Sin and Cos, differences for quantized layers, and every node before them, up to the quantized layers."""
     seen: set[ir.Node] = set()
-    waiting = [node for node in graph if node.op_type in ("Sin", "Cos")]
+    waiting = [node for node in graph if node.op_type in ("Sin", "Cos") or _is_difference_for_layers(node)]
     while waiting:
         node = waiting.pop()
         if node not in seen and node.domain != DOMAIN:
