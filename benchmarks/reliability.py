@@ -16,6 +16,7 @@ The other tables are the tests of tests/test_bad_days_*.py, with the line that e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -151,8 +152,9 @@ def run_in(folder: Path, command: Command, kill_after: float | None = None) -> t
         if done:
             return os.waitstatus_to_exitcode(status), seconds
         if kill_after is not None and seconds >= kill_after:
-            os.killpg(pid, signal.SIGKILL)
-            kill_after = None
+            with contextlib.suppress(ProcessLookupError):  # a moment after the fork the child leads no group yet
+                os.killpg(pid, signal.SIGKILL)
+                kill_after = None
         time.sleep(0.002)
 
 
