@@ -60,28 +60,25 @@ class ApartLinear(nn.Module):
 
 @torch.inference_mode()
 def find_first_tokens(denoiser: Denoiser, inputs: Inputs, layers: list[Layer]) -> dict[str, Tensor]:
-    """The sites that Linears alone read and whose first token stands out: site -> its direction, float32 [width].
+    """The inputs that Linears read and whose first token stands out: site -> its direction, float32 [width].
 
     Args:
-        inputs: of one call with a prompt.
+        inputs: of one call with a prompt. A text is one of them, [batch, tokens, width].
     """
     directions: dict[str, Tensor] = {}
-    others = {layer.site for layer in layers if layer.op != "Linear"}
+    texts = {id(x) for x in inputs.values() if x.ndim == 3 and x.shape[1] > 1}
 
     def visit(site: str, x: Tensor) -> None:
-        if x.ndim != 3 or x.shape[1] < 2 or site in directions:
-            return
-        first, rest = x[:, 0], x[:, 1:]
-        if first.abs().max() > STANDS_OUT * rest.abs().max():
-            mean = first[first.abs().amax(dim=1) > 0].mean(dim=0)
-            directions[site] = (mean / mean.norm()).clone()
+        if id(x) in texts and x[:, 0].abs().max() > STANDS_OUT * x[:, 1:].abs().max():
+            total = x[:, 0].sum(dim=0)  # one token of all prompts; zeros where a prompt has none
+            directions[site] = total / total.norm()
 
     handles = [
         denoiser.network.get_submodule(layer.name).register_forward_pre_hook(
             lambda _module, args, site=layer.site: visit(site, args[0])
         )
         for layer in layers
-        if layer.site is not None and layer.site not in others
+        if layer.site is not None and layer.op == "Linear"
     ]
     try:
         denoiser(inputs)
