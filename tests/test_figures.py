@@ -30,14 +30,15 @@ def test_study_table_is_the_studys():
 
 def test_weights_table_is_the_benchmarks():
     rows = json.loads((RESULTS / "weight_bits.json").read_text())["rows"]
-    assert {"w8", "w4", "w4-adaround", "w4-rtn"} <= {row["weights"] for row in rows}
+    expected = {"w8", "w5", "w4", "w4-keep-5bit", "w4-two-rounds", "w4-adaround", "w4-rtn"}
+    assert expected <= {row["weights"] for row in rows}
     for row in rows:
         error = "" if row["error"] is None else f"{row['error']:.1e}"
-        figures = (
-            f"{row['fid_to_fp32']:.4f} | {row['psnr_db']:.2f} | {row['other_pictures']} | {row['onnx_bytes'] / 1e6:.1f}"
-        )
+        scores = f"{row['fid_to_fp32']:.4f} | {row['clip_score']:.2f} | {row['psnr_db']:.2f} | {row['other_pictures']}"
+        costs = f"{row['onnx_bytes'] / 1e6:.1f} | {row['calibration_seconds']:.0f}"
         unet = " | ".join(f"{row[name]:.4f}" for name in ("unconditional", "difference", "guided"))
-        assert f"| {row['weights']} | {row['mean_weight_bits']:g} | {figures} | {error} | {unet} |" in README
+        line = f"| {row['weights']} | {row['mean_weight_bits']:.3g} | {scores} | {costs} | {error} | {unet} |"
+        assert line in README
 
 
 def test_latency_table_is_the_benchmarks():
