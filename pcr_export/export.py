@@ -160,11 +160,10 @@ def _choose_first_token(job: Job, example: Inputs) -> Job:
     """The job with "auto" replaced: a text's first token is quantized apart where it stands out."""
     if job.recipe.first_token != "auto":
         return job
-    layers = find_layers(job.denoiser, example, split_skip(job.recipe.skip)[0])
-    sites = find_first_tokens(job.denoiser, example, layers)
-    if sites:
-        job.log(f"the first token stands out at {', '.join(sorted(sites))}: quantized apart")
-    return replace(job, recipe=replace(job.recipe, first_token="apart" if sites else "together"))
+    found = find_first_tokens(job.denoiser, example, split_skip(job.recipe.skip)[0])
+    if found:
+        job.log(f"the first token stands out for {len(found)} layers, such as {next(iter(found))}: quantized apart")
+    return replace(job, recipe=replace(job.recipe, first_token="apart" if found else "together"))
 
 
 def _relaxed_facts(scales: StepScales, choice: Facts) -> Facts:

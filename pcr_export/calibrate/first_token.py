@@ -9,11 +9,13 @@ these layers, for every token by what lies in it, so that nothing depends on whe
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pcr_export.calibrate.layers import find_layers
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.sites import Layer
@@ -58,26 +60,33 @@ class ApartLinear(nn.Module):
         return output
 
 
+def _stands_out(x: Tensor) -> bool:
+    return x.ndim == 3 and x.shape[1] > 1 and bool(x[:, 0].abs().max() > STANDS_OUT * x[:, 1:].abs().max())
+
+
 @torch.inference_mode()
-def find_first_tokens(denoiser: Denoiser, inputs: Inputs, layers: list[Layer]) -> dict[str, Tensor]:
-    """The inputs that Linears read and whose first token stands out: site -> its direction, float32 [width].
+def find_first_tokens(denoiser: Denoiser, inputs: Inputs, skip: Sequence[str]) -> dict[str, tuple[str, Tensor]]:
+    """The quantized Linears that read an input of the network whose first token stands out: layer -> (site, direction float32 [width]).
 
     Args:
         inputs: of one call with a prompt. A text is one of them, [batch, tokens, width].
+        skip: patterns of layers that stay float, as `find_layers` takes them.
     """
-    directions: dict[str, Tensor] = {}
-    texts = {id(x) for x in inputs.values() if x.ndim == 3 and x.shape[1] > 1}
+    texts = {id(x) for x in inputs.values() if _stands_out(x)}
+    if not texts:
+        return {}  # the network is not called for that
+    found: dict[str, tuple[str, Tensor]] = {}
 
-    def visit(site: str, x: Tensor) -> None:
-        if id(x) in texts and x[:, 0].abs().max() > STANDS_OUT * x[:, 1:].abs().max():
+    def visit(layer: Layer, x: Tensor) -> None:
+        if id(x) in texts:
             total = x[:, 0].sum(dim=0)  # one token of all prompts; zeros where a prompt has none
-            directions[site] = total / total.norm()
+            found[layer.name] = (str(layer.site), total / total.norm())
 
     handles = [
         denoiser.network.get_submodule(layer.name).register_forward_pre_hook(
-            lambda _module, args, site=layer.site: visit(site, args[0])
+            lambda _module, args, layer=layer: visit(layer, args[0])
         )
-        for layer in layers
+        for layer in find_layers(denoiser, inputs, skip)
         if layer.site is not None and layer.op == "Linear"
     ]
     try:
@@ -85,22 +94,22 @@ def find_first_tokens(denoiser: Denoiser, inputs: Inputs, layers: list[Layer]) -
     finally:
         for handle in handles:
             handle.remove()
-    return directions
+    return found
 
 
-def split_first_tokens(denoiser: Denoiser, inputs: Inputs, layers: list[Layer]) -> int:
-    """Replace every Linear that reads such a site by an ApartLinear; returns how many. The network of `denoiser` is changed.
+def split_first_tokens(denoiser: Denoiser, inputs: Inputs, skip: Sequence[str]) -> int:
+    """Replace every such Linear by an ApartLinear; returns how many. The network of `denoiser` is changed.
 
     Raises PcrExportError where no first token stands out.
     """
-    directions = {site: Direction(u) for site, u in find_first_tokens(denoiser, inputs, layers).items()}
-    if not directions:
+    found = find_first_tokens(denoiser, inputs, skip)
+    if not found:
         raise PcrExportError(
             "--first-token apart: no layer reads tokens of which the first stands out: leave it at auto"
         )
-    apart = [layer for layer in layers if layer.site in directions]
-    for layer in apart:
-        linear = denoiser.network.get_submodule(layer.name)
+    directions = {site: Direction(u) for site, u in found.values()}
+    for name, (site, _) in found.items():
+        linear = denoiser.network.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        denoiser.network.set_submodule(layer.name, ApartLinear(linear, directions[str(layer.site)]))
-    return len(apart)
+        denoiser.network.set_submodule(name, ApartLinear(linear, directions[site]))
+    return len(found)

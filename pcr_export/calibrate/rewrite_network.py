@@ -45,7 +45,7 @@ def rewrite_network(
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     rewritten = replace(denoiser, network=copy.deepcopy(network, shared))
     if recipe.first_token == "apart":
-        split_first_tokens(rewritten, example, find_layers(rewritten, example, recipe.skip))
+        split_first_tokens(rewritten, example, recipe.skip)
     if recipe.split_shortcut:
         split_shortcuts(rewritten, example, find_layers(rewritten, example, recipe.skip))
     if recipe.smooth_quant is not None:

@@ -97,6 +97,7 @@ def write_export(folder):
         sensitivities={},
         weights={"layers": {}, "seconds": 0.0},
         graph={"onnx_bytes": 2**20, "float_bytes": 2**22},
+        parts={},
         engines=[ENGINE],
         validation={"fidelity": fidelity, "quality": SCORES},
     )
