@@ -48,7 +48,7 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd])
+@pytest.mark.parametrize("make", [tiny_sdxl, pytest.param(tiny_sd, marks=pytest.mark.slow)])
 def test_the_main_job(make, tmp_path, monkeypatch, capsys):
     source = make(tmp_path / "random")
     assert run(monkeypatch, source, "--out", tmp_path, *SMALL) == 0
@@ -74,6 +74,7 @@ def test_the_main_job(make, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.slow
 def test_a_lora_is_fused_and_kept_in_the_recipe(sdxl_folder, tmp_path, monkeypatch, capsys):
     lora = tmp_path / "style.safetensors"
     save_as_diffusers(random_updates(load_float_pipeline(resolve(str(sdxl_folder)))), lora)
@@ -159,6 +160,7 @@ def test_a_folder_without_engines(tmp_path, monkeypatch, capsys):
     assert "export again with --backend tensorrt-rtx" in refused(monkeypatch, capsys, "compare", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_engine_of_a_pipeline(sdxl_folder, tmp_path, monkeypatch, capsys):
     options = ("--backend", "tensorrt-rtx", "--target", "sm89", "--relax", "first:25%", "--no-validate")
     assert run(monkeypatch, sdxl_folder, "--out", tmp_path, *SMALL, *options) == 0
@@ -206,6 +208,7 @@ def command(source: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "pcr_export", str(source), "--out", str(out), *options]
 
 
+@pytest.mark.slow
 def test_killed_in_mid_calibration_resumes_with_the_same_bytes(sdxl_folder, tmp_path, monkeypatch, capsys):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(sdxl_folder, tmp_path / "whole"), check=True, capture_output=True, env=environment)

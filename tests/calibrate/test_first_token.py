@@ -132,6 +132,7 @@ def test_a_network_without_such_a_token(source: Path) -> None:
         apart(load(source, 1.0))
 
 
+@pytest.mark.slow
 def test_an_export_finds_it_by_itself(large: Denoiser, tmp_path: Path) -> None:
     lines: list[str] = []
     job = Job(denoiser=large, recipe=recipe(), conditions=PROMPTS, folder=tmp_path / "out", log=lines.append)

@@ -66,6 +66,7 @@ def test_same_network_same_bytes_and_no_traces_of_this_machine(exported: Callabl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx_data"]
 
 
+@pytest.mark.slow
 def test_weights_are_the_networks_own_memory(exported: Callable[[str], Case]) -> None:
     case = exported("sdxl")
     parameters = dict(case.denoiser.network.named_parameters())

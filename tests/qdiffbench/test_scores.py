@@ -107,6 +107,7 @@ def test_batches_do_not_matter(folders, extractors, scores):
     assert scores.per_image.lpips == pytest.approx(whole.per_image.lpips, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_figures_of_one_though_one_is_killed(folders, extractors):
     whole = measure_scores(*folders, PROMPTS, extractors, real=folders[1], batch=2)
     killed = []

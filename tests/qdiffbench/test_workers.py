@@ -84,6 +84,7 @@ def kill_one_worker(out: Path, killed: list[int]) -> None:
     killed.append(worker)
 
 
+@pytest.mark.slow
 def test_two_workers_paint_the_bytes_of_one_though_one_is_killed(exported, tmp_path):
     whole = paint(FolderPainter(folder=exported), tmp_path / "one")
     assert len(whole) == len(PROMPTS)
