@@ -82,7 +82,7 @@ def shrink_parts(
 def _shrink_part(path: Path, form: str, feed: Mapping[str, np.ndarray], safe_db: float) -> Facts:
     expected, float_bytes = _outputs(path, feed), _size(path)
     tried: dict[str, float] = {}
-    found = "fp32"
+    found = PART_FORMS[0]
     folder = path.with_name(".smaller")
     for candidate in reversed(PART_FORMS[1 : PART_FORMS.index(form) + 1]):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
