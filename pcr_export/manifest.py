@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from pcr_export.errors import PcrExportError
+from pcr_export.path_inside import is_name_inside
 from pcr_export.stages import hash_file, write_text
 
 NAME = "manifest.json"
@@ -91,10 +92,9 @@ def update_manifest(folder: Path, path: Path) -> None:
 
 
 def listed_paths(folder: Path) -> list[Path]:
-    """The files that a manifest of the folder names, sorted; links are followed nowhere."""
+    """The files that a manifest of the folder names, sorted; a link counts as its file, linked folders of triton/ are listed once."""
     paths = {path for pattern in LISTED for path in folder.glob(pattern) if path.is_file()}
-    left_out = {path for path in paths if any(path.match(pattern) for pattern in LEFT_OUT) or _has_link(folder, path)}
-    return sorted(paths - left_out)
+    return sorted(path for path in paths if not any(path.match(pattern) for pattern in LEFT_OUT))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -127,15 +127,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def file_below(folder: Path, name: str) -> Path:
-    """The path of `name` below `folder`. Raises PcrExportError where it could lead out of it."""
-    pure = PurePosixPath(name)
-    outside = pure.is_absolute() or PureWindowsPath(name).drive or "\\" in name or "\0" in name or ".." in pure.parts
-    if outside or not pure.parts:
+    """The path of `name` below `folder`. Raises PcrExportError where it leads out of it.
+
+    It may be a link, as every file is in the hub's cache: what counts is that its bytes have the sha256 of the manifest.
+    """
+    if not is_name_inside(name):
         raise PcrExportError(f"{folder / NAME} names {name!r}, which lies outside the folder: don't use this folder")
-    path = folder.joinpath(*pure.parts)
-    if _has_link(folder, path):
-        raise PcrExportError(f"{path} is a link, which could lead outside the folder: put the file itself there")
-    return path
+    return folder / name
 
 
 def damages(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -168,12 +166,6 @@ def manifest_text(manifest: Manifest) -> str:
     content["files"] = {name: content["files"][name] for name in sorted(content["files"])}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
-
-
-def _has_link(folder: Path, path: Path) -> bool:
-    """Whether `path` or a folder between it and `folder` is a symbolic link."""
-    between = path.relative_to(folder).parts
-    return any(folder.joinpath(*between[: count + 1]).is_symlink() for count in range(len(between)))
 
 
 def _copy_again(folder: Path) -> str:

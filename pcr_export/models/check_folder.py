@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,33 @@ def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def weight_variant(folder: Path) -> str | None:
-    """The variant (fp16) whose weights a folder holds; None for plain ones or none at all."""
-    stem = WEIGHT_STEMS["unet"]
-    if any((folder / "unet").glob(f"{stem}.safetensors")) or any((folder / "unet").glob(f"{stem}-0*.safetensors")):
+    """The variant (fp16) to hand to diffusers, which takes it for every part that has it and plain weights for the others.
+
+    None where every part has plain weights, or where no variant fits: then what is missing is named.
+    """
+    parts = [(folder / part, stem) for part, stem in WEIGHT_STEMS.items() if (folder / part).is_dir()]
+    found = [_variants(path, stem) for path, stem in parts]
+    if all(None in each for each in found):
         return None
-    return "fp16" if any((folder / "unet").glob(f"{stem}.fp16*.safetensors")) else None
+    fitting = [name for name in _by_preference(found) if all(name in each or None in each for each in found)]
+    return fitting[0] if fitting else None
+
+
+def _by_preference(found: Sequence[Set[str | None]]) -> list[str]:
+    """fp16 first, which most repositories have."""
+    return sorted({name for each in found for name in each if name is not None}, key=lambda name: (name != "fp16", name))
+
+
+def _variants(folder: Path, stem: str) -> set[str | None]:
+    """The variants of which a part has weights, or an index of them; None stands for plain ones."""
+    names = [path.name for path in folder.glob(f"{stem}.*")]
+    patterns = rf"{stem}(?:\.(.+))?\.safetensors", rf"{stem}\.safetensors\.index(?:\.(.+))?\.json"
+    return {match[1] for pattern in patterns for name in names if (match := re.fullmatch(pattern, name))}
 
 
 def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
-    suffix = f".{variant}" if variant else ""
+    variants = _variants(folder, stem)
+    suffix = f".{variant}" if variant in variants and variant is not None else ""
     shards = folder / f"{stem}.safetensors.index{suffix}.json"
     plain = f"{stem}{suffix}.safetensors"
     names = _shards(shards) if shards.is_file() else [plain]
@@ -85,12 +104,16 @@ def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
         if path.is_file():
             _check_safetensors(path)
             continue
+        if path.is_symlink():
+            raise PcrExportError(f"{path} is a link to {path.readlink()}, where no file is: fetch the folder again")
         if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
             raise PcrExportError(
                 f"{folder} holds pickled weights (.bin or .ckpt), which are not read: "
                 "load the pipeline with diffusers and save it with save_pretrained(..., safe_serialization=True)"
             )
-        raise PcrExportError(f"{path} is missing: fetch the folder again")
+        others = ", ".join(sorted(name for name in variants if name))
+        but = f" ({others} is there, which another part has not)" if others else ""
+        raise PcrExportError(f"{path} is missing{but}: fetch the folder again")
 
 
 def _shards(path: Path) -> list[str]:
