@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 
 COLUMN = "Prompt"  # of PartiPrompts and of Stable-Diffusion-Prompts
+ROOM = " \t\r\n"  # around a prompt, no part of it
 
 Reader = Callable[
     [str], list[str]
@@ -15,8 +16,27 @@ Reader = Callable[
 
 
 def lines_of_text(text: str) -> list[str]:
-    """One prompt a line; blank lines and lines that start with # are no prompts."""
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    """One prompt a line; blank lines and lines that start with # are no prompts.
+
+    A line ends at LF or CR LF alone: other separators of Unicode (U+0085, U+2028, VT, FF) are characters of a prompt.
+    """
+    prompts = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        prompt = line.strip(ROOM)
+        if "\r" in prompt:
+            raise ValueError(f"line {number} holds a carriage return (CR); end lines with LF or CR LF")
+        if prompt.strip() and not line.startswith("#"):
+            prompts.append(prompt)
+    return prompts
+
+
+def _prompt(value: object, where: str) -> str:
+    """`value` as a prompt. Raises ValueError that names the place where it is no text or blank."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {json.dumps(value)[:40]}, no text")
+    if not value.strip():
+        raise ValueError(f"{where} is blank")
+    return value.strip(ROOM)
 
 
 def coco_captions(text: str) -> list[str]:
@@ -31,9 +51,10 @@ def coco_captions(text: str) -> list[str]:
     first: dict[int, tuple[int, str]] = {}
     for position, row in enumerate(annotations):
         try:
-            image, caption = int(row["image_id"]), (int(row["id"]), str(row["caption"]).strip())
+            image, number, value = int(row["image_id"]), int(row["id"]), row["caption"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"annotation {position} has no image_id, id and caption: no COCO captions") from error
+        caption = number, _prompt(value, f"the caption of annotation {position}")
         first[image] = min(first.get(image, caption), caption)
     return [caption for _, (_, caption) in sorted(first.items())]
 
@@ -44,9 +65,10 @@ def json_lines(text: str) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                prompts.append(str(json.loads(line)[COLUMN]).strip())
+                value = json.loads(line)[COLUMN]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} is no JSON object with the key {COLUMN}") from error
+            prompts.append(_prompt(value, f"{COLUMN} in line {number}"))
     return prompts
 
 
@@ -67,7 +89,9 @@ def _column(rows: csv.DictReader[str]) -> list[str]:
     for row in rows:
         if row[COLUMN] is None:
             raise ValueError(f"line {rows.line_num} has no {COLUMN}")
-        prompts.append(row[COLUMN].strip())
+        if None in row:  # a comma that is not quoted cuts the prompt, or what stands before it
+            raise ValueError(f"line {rows.line_num} has more columns than the first line: quote what holds a separator")
+        prompts.append(_prompt(row[COLUMN], f"{COLUMN} in line {rows.line_num}"))
     return prompts
 
 

@@ -29,7 +29,7 @@ def read_prompts(path: Path) -> list[str]:
     if suffix == ".parquet":
         raise PcrExportError(f"the prompts file {path} is parquet, which is not read here: {CONVERT_PARQUET}")
     try:
-        prompts = READERS.get(suffix, lines_of_text)(path.read_text("utf-8-sig"))
+        prompts = READERS.get(suffix, lines_of_text)(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
         raise PcrExportError(
             f"the prompts file {path} can't be read ({error}): give a UTF-8 text, one prompt a line, or one of the sets "

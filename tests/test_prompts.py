@@ -30,6 +30,22 @@ def test_plain_text_skips_blank_lines_and_comments_and_keeps_repetitions(tmp_pat
     assert read_prompts(path) == ["a cat", "a dog", "a cat"]
 
 
+def test_a_line_of_text_ends_at_lf_or_cr_lf_alone(tmp_path):
+    """str.splitlines knows nine more ends, which people paste from documents and chats."""
+    inside = "a\u2028b\u2029c\x85d\ve\ff\x1cg\x1dh\x1ei"
+    assert read_prompts(write(tmp_path / "prompts.txt", f"{inside}\r\na cat \n\x85\n{inside}")) == [
+        inside,
+        "a cat",
+        inside,
+    ]
+
+
+def test_a_table_keeps_separators_of_unicode_and_line_ends_in_quotes(tmp_path):
+    text = 'Prompt,id\r\n"a\u2028b\r\nc",1\r\na\x85d,2\r\n'
+    assert read_prompts(write(tmp_path / "a.csv", text)) == ["a\u2028b\r\nc", "a\x85d"]
+    assert read_prompts(write(tmp_path / "a.tsv", "Prompt\tid\na\u2028b\x85c\t1\n")) == ["a\u2028b\x85c"]
+
+
 def test_coco_gives_the_caption_of_lowest_id_for_each_image_in_the_order_of_image_ids(tmp_path):
     path = write(tmp_path / "captions_val2017.json", json.dumps(COCO))
     assert read_prompts(path) == ["A dog.", "A dog."]  # of images 3 and 7
@@ -59,6 +75,18 @@ def test_json_lines(tmp_path):
         ("a.json", '{"annotations": []}', "holds no prompt"),
         ("a.jsonl", '{"Prompt": "a cat"}\n{"Prompt": "a d', "line 2 is no JSON object with the key Prompt"),
         ("a.jsonl", '{"prompt": "a cat"}', "line 1"),
+        ("a.jsonl", '{"Prompt": "a cat"}\n\n{"Prompt": null}\n', "Prompt in line 3 is null, no text"),
+        ("a.jsonl", '{"Prompt": 3}', "Prompt in line 1 is 3, no text"),
+        ("a.jsonl", '{"Prompt": ["a cat"]}', r"""line 1 is \["a cat"\], no text"""),
+        ("a.jsonl", '{"Prompt": {"en": "a cat"}}', "line 1 is .*, no text"),
+        ("a.jsonl", '{"Prompt": true}', "line 1 is true, no text"),
+        ("a.jsonl", '{"Prompt": " "}', "Prompt in line 1 is blank"),
+        ("a.json", '{"annotations": [{"image_id": 1, "id": 1, "caption": null}]}', "caption of annotation 0 is null"),
+        ("a.json", '{"annotations": [{"image_id": 1, "id": 1, "caption": ""}]}', "caption of annotation 0 is blank"),
+        ("a.csv", "id,Prompt\n0,a cat\n1, \n", "Prompt in line 3 is blank"),
+        ("a.csv", "id,Prompt\n0,a cat, red\n", "line 2 has more columns"),
+        ("a.tsv", "Prompt\tid\n\t1\n", "Prompt in line 2 is blank"),
+        ("a.txt", "a cat\ra dog\r", r"line 1 holds a carriage return \(CR\); end lines with LF"),
         ("a.csv", "id,text\n0,a cat\n", "no column Prompt in its first line, which has id, text"),
         ("a.csv", "id,Prompt\n0,a cat\n1\n", "line 3 has no Prompt"),
         ("a.csv", 'id,Prompt\n0,"a cat\n', "unexpected end of data"),
