@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pcr_export.errors import PcrExportError
+from pcr_export.models.lora_tensors import lora_fault
 from pcr_export.recipe import Lora
 from pcr_export.stages import hash_file
 
@@ -35,7 +36,8 @@ def parse_lora(text: str) -> LoraFile:
     """'style.safetensors:0.8' -> LoraFile(style.safetensors, 0.8); without a number behind the last colon the scale is 1.
 
     Raises:
-        PcrExportError: the scale is not finite, there is no such file, or it is no readable safetensors file.
+        PcrExportError: the scale is not finite, there is no such file, it is no readable safetensors file, or a tensor of it is none
+            of a LoRA.
     """
     name, colon, number = text.rpartition(":")
     try:
@@ -53,9 +55,11 @@ def parse_lora(text: str) -> LoraFile:
         )
     try:
         with safe_open(lora.path, "numpy") as file:
-            file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise PcrExportError(f"--lora {text} is damaged ({error}): fetch it again") from error
+    if fault := lora_fault(shapes):
+        raise PcrExportError(f"--lora {text} can't be fused, {fault}")
     return lora
 
 

@@ -90,7 +90,7 @@ class Evaluation:
         if tuple(lora.facts() for lora in self.lora) != self.recipe.lora:
             words = " ".join(f"--lora {lora.name}:{lora.scale:g}" for lora in self.recipe.lora) or "no --lora"
             raise PcrExportError(f"{self.folder} was exported with {words}: give the same files to evaluate")
-        return tuple(replace(lora, path=lora.path.resolve()) for lora in self.lora)
+        return tuple(replace(lora, path=lora.path.absolute()) for lora in self.lora)
 
     @property
     def source(self) -> str:

@@ -121,12 +121,15 @@ def test_one_after_another(source: Path, tmp_path: Path) -> None:
     [
         (
             lambda name, tensor: {name.replace("mid_block", "middle"): tensor},
-            r"names \d+ layers, of which this model has \d+",
+            r"2 of its \d+ tensors have no place in it, the first is unet\.middle\.",
         ),
         (lambda name, tensor: {name: tensor[..., :-1]}, "can't be fused into this model"),
         (lambda name, tensor: {name: tensor * torch.nan}, "can't be fused into this model"),
-        (lambda name, tensor: {f"x.{name}": tensor}, "names .* layers, of which this model has 0"),
-        (lambda name, tensor: {name.replace("lora", "oft"): tensor}, "can't be fused into this model"),
+        (
+            lambda name, tensor: {f"x.{name}": tensor},
+            r"(\d+) of its \1 tensors have no place in it, the first is x\.",
+        ),
+        (lambda name, tensor: {name.replace("lora_A", "oft_r"): tensor}, "it holds OFT"),
     ],
 )
 def test_a_lora_of_another_model_is_refused(source: Path, tmp_path: Path, change: Any, match: str) -> None:
@@ -138,15 +141,72 @@ def test_a_lora_of_another_model_is_refused(source: Path, tmp_path: Path, change
     assert "\n" not in str(caught.value)
 
 
+@needs_peft
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")
+def test_names_that_diffusers_passes_over_are_named(source: Path, tmp_path: Path) -> None:
+    """Layers in two spellings: peft's first, so that diffusers does not convert the others."""
+    updates = {key: value for key, value in random_updates(fused(source)).items() if key[0] == "unet"}
+    tensors = load_file(save_as_diffusers(updates, tmp_path / "style.safetensors"))
+    layer = next(iter(updates))[1]
+    old = {"lora_A": "lora.down", "lora_B": "lora.up"}
+    for new, spelling in old.items():
+        tensors[f"unet.{layer}.{spelling}.weight"] = tensors.pop(f"unet.{layer}.{new}.weight")
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    with pytest.raises(PcrExportError, match=rf"2 of its 6 tensors have no place in it, the first is unet\.{layer}"):
+        fused(source, LoraFile(tmp_path / "mixed.safetensors"))
+
+
+@needs_peft
+def test_a_second_text_encoder_that_the_model_has_not(source: Path, tmp_path: Path) -> None:
+    """A LoRA of SDXL given to SD: diffusers would take its first text encoder's half without a word."""
+    updates = {key: value for key, value in random_updates(fused(source)).items() if key[0] == "text_encoder"}
+    alphas = dict.fromkeys(updates, 1.0)
+    path = save_as_kohya(updates, alphas, tmp_path / "te.safetensors")
+    tensors = load_file(path)
+    more = {name.replace("lora_te1_", "lora_te2_"): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | more, path)
+    if getattr(load_float_pipeline(resolve(str(source))), "text_encoder_2", None) is None:
+        with pytest.raises(PcrExportError, match=r"have no place in it, the first is .*text_encoder_2|lora_te2"):
+            fused(source, LoraFile(path))
+    else:
+        fused(source, LoraFile(path))
+
+
+@needs_peft
+def test_alpha_beside_peft_names(source: Path, tmp_path: Path) -> None:
+    by_hand = fused(source)
+    updates = random_updates(by_hand)
+    path = save_as_diffusers(updates, tmp_path / "alpha.safetensors")
+    alphas = {name.replace("lora_A.weight", "alpha"): torch.tensor(1.5) for name in load_file(path) if "lora_A" in name}
+    save_file(load_file(path) | alphas, path)
+    rank = len(next(iter(updates.values()))[0])
+    add_by_hand(by_hand, updates, dict.fromkeys(updates, 1.5 / rank))
+    assert_equal_weights(fused(source, LoraFile(path)), by_hand)
+
+
+@needs_peft
+def test_a_file_in_the_hubs_cache(source: Path, tmp_path: Path) -> None:
+    by_hand = fused(source)
+    updates = random_updates(by_hand)
+    blob = save_as_diffusers(updates, tmp_path / "style.safetensors").rename(tmp_path / "0123abcd")
+    (tmp_path / "a: b é.safetensors").symlink_to(blob.name)
+    add_by_hand(by_hand, updates, dict.fromkeys(updates, 1.0))
+    assert_equal_weights(fused(source, LoraFile(tmp_path / "a: b é.safetensors")), by_hand)
+
+
 def test_alpha_is_multiplied_in() -> None:
     tensors = {
         "a.lora_down.weight": torch.ones(4, 2),
         "a.lora_up.weight": torch.ones(3, 4),
         "a.alpha": torch.tensor(2.0),
         "b.lora_up.weight": torch.ones(3, 4),
+        "c.lora_A.weight": torch.ones(4, 2),
+        "c.lora_B.weight": torch.ones(3, 4),
+        "c.alpha": torch.tensor([1.0]),
     }
     found = multiply_by_alpha(tensors)
-    assert sorted(found) == ["a.lora_down.weight", "a.lora_up.weight", "b.lora_up.weight"]
+    assert sorted(found) == sorted(name for name in tensors if not name.endswith("alpha"))
+    assert found["c.lora_B.weight"].unique().tolist() == [0.25]
     assert found["a.lora_up.weight"].unique().tolist() == [0.5]
     assert found["b.lora_up.weight"].unique().tolist() == [1.0]
     with pytest.raises(ValueError, match=r"c\.alpha belongs to no layer"):

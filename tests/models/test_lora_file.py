@@ -20,7 +20,7 @@ from pcr_export.recipe import Lora
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "style.safetensors"
-    save_file({"unet.conv_in.lora_A.weight": torch.ones(1, 1)}, path)
+    save_file({"unet.conv_in.lora_A.weight": torch.ones(1, 4), "unet.conv_in.lora_B.weight": torch.ones(8, 1)}, path)
     return path
 
 
@@ -38,6 +38,20 @@ def test_a_colon_in_the_name(file: Path) -> None:
 def test_the_recipe_holds_no_path(file: Path) -> None:
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     assert LoraFile(file, 0.5).facts() == Lora(name="style.safetensors", sha256=sha256, scale=0.5)
+
+
+def test_a_link_is_its_file_by_its_own_name(file: Path) -> None:
+    """In the hub's cache a file is a link to a blob whose name tells nothing."""
+    blob = file.rename(file.with_name("0123abcd"))
+    file.symlink_to(blob.name)
+    assert parse_lora(f"{file}:0.5").facts().name == "style.safetensors"
+
+
+@pytest.mark.parametrize("name", ["a:b.safetensors", "0.5:1.safetensors", "sti'l #1 é.safetensors", "x.SAFETENSORS"])
+def test_odd_names(file: Path, name: str) -> None:
+    other = file.rename(file.with_name(name))
+    assert parse_lora(str(other)) == LoraFile(other, 1.0)
+    assert parse_lora(f"{other}:-0.5") == LoraFile(other, -0.5)
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf"])
@@ -67,7 +81,8 @@ def test_what_is_no_safetensors_file_is_not_read(file: Path, suffix: str) -> Non
 
 def test_pickles_are_refused_with_the_command_that_converts_them(file: Path) -> None:
     pickled = file.with_name("old.bin")
-    torch.save({"unet.conv_in.lora_A.weight": torch.ones(2, 3).T}, pickled)
+    tensors = {"unet.conv_in.lora_A.weight": torch.ones(2, 3).T, "unet.conv_in.lora_B.weight": torch.ones(8, 3)}
+    torch.save(tensors, pickled)
     with pytest.raises(PcrExportError, match="is no safetensors file and is not read: convert it") as caught:
         parse_lora(f"{pickled}:0.5")
     assert "\n" not in str(caught.value)
