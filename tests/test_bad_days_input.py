@@ -369,7 +369,7 @@ UNET, ENCODER, VAE = (
         (UNET, lambda x: x.update({"conv_in.weight": torch.zeros(3, 3)}), "can't be loaded"),
         (UNET, lambda x: x.update({"conv_in.weight": torch.zeros(0)}), "can't be loaded"),
         ("model_index.json", lambda x: x.update({"unet": ["os", "system"]}), "unet that diffusers"),
-        ("model_index.json", lambda x: x.update({"unet": ["diffusers", "Nonesuch"]}), "can't be loaded"),
+        ("model_index.json", lambda x: x.update({"unet": ["diffusers", "Nonesuch"]}), "only UNet2DConditionModel can"),
         ("model_index.json", lambda x: x.update({"unet": ["my_unet.py", "Unet"]}), "unet that diffusers"),
         ("model_index.json", lambda x: x.update({"extra": ["../evil", "Evil"]}), "extra that diffusers"),
         (
@@ -379,11 +379,12 @@ UNET, ENCODER, VAE = (
         ),
         ("model_index.json", lambda x: x.update({"vae": []}), "vae that diffusers"),
         ("model_index.json", lambda x: x.update({"_class_name": "../Pipeline"}), "can be exported"),
-        ("model_index.json", lambda x: x.pop("text_encoder"), "can't be loaded"),
+        ("model_index.json", lambda x: x.pop("text_encoder"), "names no text_encoder: fetch"),
         ("scheduler/scheduler_config.json", lambda x: x.update({"num_train_timesteps": 2}), "knows 2"),
         ("scheduler/scheduler_config.json", lambda x: x.update({"num_train_timesteps": "many"}), "can't be loaded"),
-        ("unet/config.json", lambda x: x.update({"in_channels": 10**12}), "can't be loaded"),
-        ("unet/config.json", lambda x: x.update({"cross_attention_dim": 7}), "can't be loaded"),
+        ("unet/config.json", lambda x: x.update({"in_channels": 10**12}), "they are no pair"),
+        ("unet/config.json", lambda x: x.update({"cross_attention_dim": 7}), "they are no pair"),
+        ("unet/config.json", lambda x: x.update({"block_out_channels": [32, 96]}), "can't be loaded"),
     ],
 )
 def test_a_model_that_can_not_be(

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from pcr_export.deploy.pipeline import load_exported_pipeline
-from pcr_export.models.catalog import CatalogEntry, fill_in
+from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size
 from pcr_export.models.denoiser import sample
 from pcr_export.models.load import LoadedModel
 from pcr_export.qdiffbench.images import to_uint8
@@ -73,11 +73,10 @@ def load_exported_model(
         recipe = read_recipe(folder)
         names = ("num_inference_steps", "guidance_scale", "height", "width")
         entry = replace(entry, **{name: getattr(recipe, name) for name in names})
-    size = pipeline.unet.config.sample_size
     filled = fill_in(
         entry,
         class_name=type(pipeline).__name__,
-        sample_size=(size if isinstance(size, int) else size[0]) * pipeline.vae_scale_factor,
+        own_size=own_picture_size(pipeline.unet.config.get("sample_size"), pipeline.vae_scale_factor),
         few_steps=pipeline.unet.config.time_cond_proj_dim is not None,
     )
     return LoadedModel(entry=filled, pipeline=pipeline)

@@ -13,6 +13,14 @@ from typing import Any, Literal
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.lora_file import LoraFile
+from pcr_export.models.model_path import (
+    CHECKPOINTS,
+    INDEX,
+    WHAT_A_PIPELINE_IS,
+    name_of,
+    pipeline_folder,
+    what_a_file_is,
+)
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 REFERENCE_MODEL = Path(__file__).parent / "reference" / "tiny-sdxl"
@@ -23,9 +31,6 @@ HANDED_OVER = (
     "tokenizer_2",
     "vae",
 )  # what an export with --strip-encoders has not
-WHAT_A_PIPELINE_IS = (
-    "a pipeline folder holds model_index.json beside unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
-)
 FEWEST_STEPS_TO_RELAX = 10  # a fifth of fewer is less than two steps
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -90,6 +95,8 @@ CATALOG: Mapping[str, CatalogEntry] = MappingProxyType({entry.name: entry for en
 def resolve(model: str) -> CatalogEntry:
     """What MODEL on the command line means: a name of the catalog, an existing pipeline folder, or a hub id ORG/NAME.
 
+    A folder may be a repository of the hub's cache (models--ORG--NAME) or a snapshot of it, whose files are links.
+
     Raises:
         PcrExportError: it is none of them, or the folder holds no pipeline that can be exported.
     """
@@ -97,9 +104,12 @@ def resolve(model: str) -> CatalogEntry:
         return CATALOG[model]
     folder = Path(model).expanduser()
     if folder.is_dir():
+        folder = pipeline_folder(folder)
         read_model_index(folder)
-        return CatalogEntry(name=folder.resolve().name, source=str(folder))
-    if HUB_ID.fullmatch(model):
+        return CatalogEntry(name=name_of(folder), source=str(folder))
+    if folder.is_file():
+        raise PcrExportError(what_a_file_is(folder))
+    if HUB_ID.fullmatch(model) and folder.suffix.lower() not in CHECKPOINTS:
         return CatalogEntry(name=model.split("/")[1], source=model)
     if folder.exists() or "/" in model or "\\" in model or model.startswith((".", "~")):
         raise PcrExportError(f"{model} is no folder: {WHAT_A_PIPELINE_IS}")
@@ -116,9 +126,9 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     Raises:
         PcrExportError: there is none, it is no JSON object, or it names a pipeline class that can't be exported, or lacks a part.
     """
-    path = folder / "model_index.json"
+    path = folder / INDEX
     if not path.is_file():
-        raise PcrExportError(f"{folder} has no model_index.json: {WHAT_A_PIPELINE_IS}")
+        raise PcrExportError(f"{folder} has no {INDEX}: {WHAT_A_PIPELINE_IS}")
     index = read_json(path)
     class_name = index.get("_class_name")
     if class_name not in PIPELINE_CLASSES:
@@ -144,23 +154,48 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def fill_in(entry: CatalogEntry, *, class_name: str, sample_size: int, few_steps: bool) -> CatalogEntry:
+def own_picture_size(sample_size: object, vae_scale_factor: int) -> tuple[int, int] | None:
+    """Height and width in pixels that a UNet was made for, None where its `sample_size` (latents a side, or both) does not tell."""
+    sizes = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2 or not all(type(size) is int for size in sizes):
+        return None
+    height, width = sizes
+    return height * vae_scale_factor, width * vae_scale_factor
+
+
+def fill_in(entry: CatalogEntry, *, class_name: str, own_size: tuple[int, int] | None, few_steps: bool) -> CatalogEntry:
     """`entry` with every None that sampling needs replaced by what its pipeline class commonly runs with.
 
     Args:
         class_name: one of PIPELINE_CLASSES.
-        sample_size: pixels a side that the UNet was made for.
+        own_size: height and width in pixels that the UNet was made for; None: unknown.
         few_steps: the scheduler or the UNet is a consistency model's.
+
+    Raises:
+        PcrExportError: neither the entry nor the UNet tells the picture's size.
     """
     is_xl = class_name == "StableDiffusionXLPipeline"
     steps, guidance = (4, 8.0) if few_steps else (50, 5.0 if is_xl else 7.5)
     steps = steps if entry.num_inference_steps is None else entry.num_inference_steps
     end: Literal["first", "last"] = "first" if is_xl else "last"
+    height, width = picture_size(entry, own_size)
     return replace(
         entry,
         num_inference_steps=steps,
         guidance_scale=guidance if entry.guidance_scale is None else entry.guidance_scale,
         relaxed_end=None if steps < FEWEST_STEPS_TO_RELAX else entry.relaxed_end or end,
-        height=entry.height or sample_size,
-        width=entry.width or sample_size,
+        height=height,
+        width=width,
     )
+
+
+def picture_size(entry: CatalogEntry, own_size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width in pixels, the entry's or the UNet's own. Raises PcrExportError where neither tells one."""
+    height, width = (
+        asked or own for asked, own in zip((entry.height, entry.width), own_size or (None, None), strict=True)
+    )
+    if height is None or width is None:
+        raise PcrExportError(
+            f"unet/config.json of {entry.name} tells no picture size (its sample_size): give --height and --width"
+        )
+    return height, width

@@ -22,6 +22,8 @@ WEIGHT_STEMS = {
 LIBRARIES = ("diffusers", "transformers")
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # nothing of them is loaded
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")  # of every pipeline
+SECOND_PARTS = ("text_encoder_2", "tokenizer_2")  # of SDXL's
 CONFIGS = {
     **dict.fromkeys(WEIGHT_STEMS, ("config.json",)),
     "scheduler": ("scheduler_config.json",),
@@ -58,6 +60,12 @@ def check_folder(folder: Path) -> None:
 
 def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
     """Refuse what diffusers would import from elsewhere, code in the folder too: a component is a class of two libraries or left out."""
+    needed = (*PARTS, *(SECOND_PARTS if "XL" in index["_class_name"] else ()))
+    absent = [name for name in needed if name not in index]
+    if absent:
+        raise PcrExportError(
+            f"{folder / 'model_index.json'} names no {' and no '.join(absent)}: fetch the folder again"
+        )
     for name, value in index.items():
         if name in LEFT_OUT or name.startswith("_") or not isinstance(value, list) or value == [None, None]:
             continue  # options are no lists
@@ -83,7 +91,9 @@ def weight_variant(folder: Path) -> str | None:
 
 def _by_preference(found: Sequence[Set[str | None]]) -> list[str]:
     """fp16 first, which most repositories have."""
-    return sorted({name for each in found for name in each if name is not None}, key=lambda name: (name != "fp16", name))
+    return sorted(
+        {name for each in found for name in each if name is not None}, key=lambda name: (name != "fp16", name)
+    )
 
 
 def _variants(folder: Path, stem: str) -> set[str | None]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import RepositoryNotFoundError
-from transformers.utils import logging as transformers_logging
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import CatalogEntry, fill_in, read_model_index, resolve
+from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size, read_model_index, resolve
+from pcr_export.models.check_configs import check_configs
 from pcr_export.models.check_folder import check_folder, weight_variant
 from pcr_export.models.denoiser import Denoiser
+from pcr_export.models.fetch import fetch_folder, fetch_unet, fetch_unet_config, quiet
 from pcr_export.models.fuse_lora import fuse_lora
 from pcr_export.models.pipelines import Pipeline, denoiser_from_pipeline
 
@@ -60,7 +56,7 @@ def load_model(entry: CatalogEntry) -> LoadedModel:
     filled = fill_in(
         entry,
         class_name=type(pipeline).__name__,
-        sample_size=_sample_size(pipeline) * pipeline.vae_scale_factor,
+        own_size=own_picture_size(pipeline.unet.config.sample_size, pipeline.vae_scale_factor),
         few_steps=type(pipeline.scheduler).__name__ == "LCMScheduler"
         or pipeline.unet.config.time_cond_proj_dim is not None,
     )
@@ -80,13 +76,15 @@ def load_float_pipeline(entry: CatalogEntry) -> Pipeline:
     """The pipeline of `entry`, float32, in eval mode, without safety checker, with the entry's scheduler and UNet where it has them.
 
     Raises:
-        PcrExportError: the hub does not give it, a file is missing or damaged, or the pipeline is of another class.
+        PcrExportError: the hub does not give it, a file is missing or damaged, its parts don't fit each other or the picture's size, or the
+            pipeline is of another class.
     """
-    folder = Path(entry.source) if entry.is_local else _fetch(entry)
+    folder = Path(entry.source) if entry.is_local else fetch_folder(entry)
     check_folder(folder)
+    check_configs(folder, entry, None if entry.unet is None else fetch_unet_config(entry.unet, entry))
     pipeline = _read_pipeline(folder)
     if entry.unet is not None:
-        pipeline.register_modules(unet=_read_unet(entry.unet, entry))
+        pipeline.register_modules(unet=fetch_unet(entry.unet, entry))
     if entry.scheduler is not None:
         pipeline.register_modules(scheduler=make_scheduler(entry.scheduler, pipeline.scheduler))
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
@@ -145,68 +143,6 @@ def _read_pipeline(folder: Path) -> Pipeline:
     return pipeline
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars of reading what is already here, and the libraries' warnings about it."""
-    loggers = (diffusers_logging, transformers_logging)
-    before = [(logger.is_progress_bar_enabled(), logger.get_verbosity()) for logger in loggers]
-    for logger in loggers:
-        logger.disable_progress_bar()
-        logger.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for logger, (bars, verbosity) in zip(loggers, before, strict=True):
-            logger.set_verbosity(verbosity)
-            if bars:
-                logger.enable_progress_bar()
-
-
-def _fetch(entry: CatalogEntry) -> Path:
-    if not entry.is_hub_id:
-        raise PcrExportError(f"{entry.name}: its folder {entry.source} is missing: install the package again")
-    try:
-        with quiet():
-            folder = DiffusionPipeline.download(
-                entry.source,
-                use_safetensors=True,
-                revision=entry.revision,
-                variant=entry.variant,
-                safety_checker=None,
-                feature_extractor=None,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unreachable(entry, entry.source, error) from error
-    return Path(folder)
-
-
-def _read_unet(hub_id: str, entry: CatalogEntry) -> Any:
-    try:
-        with quiet():
-            return UNet2DConditionModel.from_pretrained(hub_id, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unreachable(entry, hub_id, error) from error
-
-
-def _unreachable(entry: CatalogEntry, hub_id: str, error: Exception) -> PcrExportError:
-    if isinstance(error, RepositoryNotFoundError) or isinstance(error.__cause__, RepositoryNotFoundError):
-        why = "the hub has no such repository, or asks for `hf auth login` first"
-    elif "safetensors" in str(error):
-        why = "it has no weights as safetensors"
-    else:
-        why = "it is not in the local cache and the hub is out of reach"
-    folder = f"./{hub_id.split('/')[1]}"
-    way = f"`hf download {hub_id} --local-dir {folder}` where there is a network, then `pcr-export {folder}`"
-    if entry.unet is not None:
-        way = f"`hf download {entry.source}` and `hf download {entry.unet}` where there is a network, and bring that cache (HF_HOME) here"
-    return PcrExportError(f"{entry.name}: {hub_id} can't be loaded, {why}: run {way}")
-
-
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(" .:")
-
-
-def _sample_size(pipeline: Pipeline) -> int:
-    size = pipeline.unet.config.sample_size
-    return int(size) if isinstance(size, int) else int(size[0])

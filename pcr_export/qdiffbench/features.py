@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import read_json
-from pcr_export.models.load import quiet
+from pcr_export.models.fetch import quiet
 from pcr_export.stages import hash_file
 
 CLIP = "openai/clip-vit-large-patch14"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import CATALOG, CatalogEntry, fill_in, read_model_index, resolve
+from pcr_export.models.catalog import CATALOG, CatalogEntry, fill_in, own_picture_size, read_model_index, resolve
 
 
 def write_index(folder: Path, class_name: str) -> Path:
@@ -69,7 +70,7 @@ def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 
 
 def test_file_in_place_of_a_folder(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
+    path = tmp_path / "model.txt"
     path.write_bytes(b"")
     with pytest.raises(PcrExportError, match="is no folder"):
         resolve(str(path))
@@ -98,14 +99,32 @@ def test_damaged_model_index(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_fill_in_what_is_open(class_name: str, few_steps: bool, expected: tuple[int, float, str | None]) -> None:
-    entry = fill_in(CatalogEntry(name="x", source="o/x"), class_name=class_name, sample_size=512, few_steps=few_steps)
+    entry = fill_in(
+        CatalogEntry(name="x", source="o/x"), class_name=class_name, own_size=(512, 512), few_steps=few_steps
+    )
     assert (entry.num_inference_steps, entry.guidance_scale, entry.relaxed_end) == expected
     assert (entry.height, entry.width) == (512, 512)
 
 
+@pytest.mark.parametrize(
+    ("sample_size", "expected"),
+    [(64, (512, 512)), ([64, 96], (512, 768)), ((96, 64), (768, 512)), (None, None), ("x", None)],
+)
+def test_own_picture_size(sample_size: object, expected: tuple[int, int] | None) -> None:
+    assert own_picture_size(sample_size, 8) == expected
+
+
+def test_no_size_is_told() -> None:
+    entry = CatalogEntry(name="mine", source="o/mine", height=512)
+    with pytest.raises(PcrExportError, match=r"mine tells no picture size .*: give --height and --width"):
+        fill_in(entry, class_name="StableDiffusionPipeline", own_size=None, few_steps=False)
+    filled = fill_in(replace(entry, width=768), class_name="StableDiffusionPipeline", own_size=None, few_steps=False)
+    assert (filled.height, filled.width) == (512, 768)
+
+
 def test_fill_in_keeps_what_is_known() -> None:
     for entry in CATALOG.values():
-        assert fill_in(entry, class_name="StableDiffusionXLPipeline", sample_size=8, few_steps=False) == entry
+        assert fill_in(entry, class_name="StableDiffusionXLPipeline", own_size=(8, 8), few_steps=False) == entry
 
 
 def test_catalog_imports_nothing_heavy() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from hub_cache import cache_of
 from models.tiny_pipelines import tiny_sd, tiny_sdxl
 from safetensors.torch import load_file, save_file
 
@@ -125,7 +126,7 @@ def test_damaged_config_is_named(copy: Path) -> None:
 
 def test_weights_of_another_shape(copy: Path) -> None:
     config = json.loads((copy / "unet" / "config.json").read_text("utf-8"))
-    (copy / "unet" / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 48}), "utf-8")
+    (copy / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [32, 96]}), "utf-8")
     with pytest.raises(PcrExportError, match="can't be loaded as a StableDiffusionPipeline") as caught:
         load_denoiser(str(copy))
     assert "\n" not in str(caught.value)
@@ -146,14 +147,6 @@ def test_code_in_the_folder_is_not_run(copy: Path) -> None:
         check_folder(copy)
 
 
-def cache_of(hub: Path, hub_id: str, folder: Path) -> None:
-    """Lay `folder` out as the hub's cache holds a downloaded repository."""
-    repository, revision = hub / f"models--{hub_id.replace('/', '--')}", "0" * 40
-    shutil.copytree(folder, repository / "snapshots" / revision)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision, "utf-8")
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import huggingface_hub.constants
@@ -163,9 +156,123 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
+def rename_to_fp16(folder: Path, parts: str = "*") -> None:
+    for path in folder.glob(f"{parts}/*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+
+
 def test_hub_id_from_the_cache(hub: Path, sd: Path) -> None:
+    snapshot = cache_of(hub, "org/tiny", sd)
+    assert (snapshot / "unet" / "diffusion_pytorch_model.safetensors").is_symlink()
+    for given in ("org/tiny", str(snapshot), str(snapshot.parents[1])):
+        assert load_denoiser(given).dynamic_axes["timestep"] == {}
+
+
+@pytest.mark.parametrize("place", ["a b", "it's #1", "é中", "x%20y"])
+def test_a_cache_in_a_place_with_an_odd_name(
+    place: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / place))
+    cache_of(tmp_path / place, "org/tiny", sd)
+    assert parameters(resolve("org/tiny"))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_cache_that_holds_one_variant_of_two(hub: Path, copy: Path, variant: str | None) -> None:
+    """As it is after `from_pretrained(..., variant="fp16")`, where the repository has plain weights, too."""
+    for path in list(copy.rglob("*.safetensors")):
+        shutil.copy(path, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    wanted = (lambda name: ".fp16." in name) if variant else (lambda name: ".fp16." not in name)
+    snapshot = cache_of(hub, "org/tiny", copy, has=lambda name: not name.endswith(".safetensors") or wanted(name))
+    assert weight_variant(snapshot) == variant
+    assert parameters(resolve("org/tiny"))
+
+
+def test_a_cache_that_was_not_filled(hub: Path, sd: Path) -> None:
+    cache_of(hub, "org/tiny", sd, has=lambda name: not name.startswith("vae/diff"))
+    with pytest.raises(
+        PcrExportError, match=r"the local cache is not whole .*vae/diffusion_pytorch_model.*run `hf download"
+    ):
+        load_denoiser("org/tiny")
+
+
+@pytest.mark.parametrize("revision", ["f" * 40, "next"])
+def test_a_revision(hub: Path, sd: Path, copy: Path, revision: str) -> None:
+    index = copy / "unet" / "config.json"
+    index.write_text(json.dumps(json.loads(index.read_text("utf-8")) | {"sample_size": 4}), "utf-8")
     cache_of(hub, "org/tiny", sd)
-    assert load_denoiser("org/tiny").dynamic_axes["timestep"] == {}
+    cache_of(hub, "org/tiny", copy, revision="f" * 40, branch="next")
+    entry = resolve("org/tiny")
+    assert load_model(entry).entry.height == 16
+    assert load_model(dataclasses.replace(entry, revision=revision)).entry.height == 8
+
+
+def test_sharded_weights_from_the_cache(hub: Path, sd: Path, tmp_path: Path) -> None:
+    pipeline = load_float_pipeline(resolve(str(sd)))
+    pipeline.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(sd / "tokenizer" / name, tmp_path / "sharded" / "tokenizer" / name)
+    cache_of(hub, "org/tiny", tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded" / "text_encoder").glob("*.safetensors"))) > 1
+    expected = parameters(resolve(str(sd)))
+    assert all(torch.equal(*pair) for pair in zip(parameters(resolve("org/tiny")), expected, strict=True))
+
+
+@pytest.mark.parametrize("parts", ["unet", "text_encoder", "[uv]*"])
+def test_parts_of_which_some_have_a_variant(copy: Path, parts: str) -> None:
+    """diffusers takes the variant where it is, and plain weights elsewhere."""
+    expected = [p.clone() for p in parameters(resolve(str(copy)))]
+    for path in copy.glob("*/*.index.json"):
+        path.unlink()  # of one file
+    rename_to_fp16(copy, parts)
+    assert weight_variant(copy) == "fp16"
+    assert all(torch.equal(*pair) for pair in zip(parameters(resolve(str(copy))), expected, strict=True))
+
+
+def test_another_variant_and_weights_that_are_no_part_of_it(copy: Path) -> None:
+    """non_ema beside plain weights (SD 1.4), and a folder that has nothing but bf16."""
+    unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    (unet.with_name("diffusion_pytorch_model.non_ema.safetensors")).write_bytes(b"not read")
+    assert weight_variant(copy) is None
+    assert parameters(resolve(str(copy)))
+    for path in list(copy.rglob("*.safetensors")):
+        if ".non_ema." not in path.name:
+            path.rename(path.with_name(path.name.replace(".safetensors", ".bf16.safetensors")))
+    for path in copy.glob("*/*.index.json"):
+        path.unlink()
+    assert weight_variant(copy) == "bf16"
+    assert parameters(resolve(str(copy)))
+
+
+def test_variants_that_do_not_go_together(copy: Path) -> None:
+    for path in copy.glob("*/*.index.json"):
+        path.unlink()
+    rename_to_fp16(copy, "unet")
+    vae = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.rename(vae.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    with pytest.raises(
+        PcrExportError, match=r"model\.safetensors is missing \((bf16|fp16) is there, which another part has not"
+    ):
+        load_denoiser(str(copy))
+
+
+def test_a_link_that_leads_nowhere_is_named(hub: Path, sd: Path) -> None:
+    snapshot = cache_of(hub, "org/tiny", sd)
+    path = snapshot / "vae" / "diffusion_pytorch_model.safetensors"
+    path.resolve().unlink()
+    with pytest.raises(PcrExportError, match=r"vae/.*\.safetensors is a link to \.\./.*, where no file is"):
+        load_denoiser(str(snapshot))
+
+
+def test_weights_in_a_store_elsewhere(copy: Path, tmp_path: Path) -> None:
+    """A folder that a person laid out with links: diffusers reads it, and so do we."""
+    for path in copy.rglob("*.safetensors"):
+        store = path.rename(tmp_path / f"{path.parent.name}.weights")
+        path.symlink_to(store)
+    assert parameters(resolve(str(copy)))
 
 
 def test_hub_out_of_reach(hub: Path) -> None:
@@ -183,7 +290,19 @@ def test_unet_of_another_repository(hub: Path, tmp_path: Path) -> None:
     entry = CatalogEntry(name="lcm", source="org/base", unet="org/lcm", scheduler="LCMScheduler")
     with pytest.raises(PcrExportError, match=r"lcm: org/lcm can't .*`hf download org/base` and `hf download org/lcm`"):
         load_model(entry)
-    cache_of(hub, "org/lcm", lcm / "unet")
+    snapshot = cache_of(hub, "org/lcm", lcm / "unet")
+    assert (snapshot / "config.json").is_symlink()
     model = load_model(entry)
     assert "timestep_cond" in model.denoiser().dynamic_axes
     assert model.entry.num_inference_steps == 4
+
+
+def test_a_unet_of_another_repository_that_is_cached_as_fp16(hub: Path, tmp_path: Path) -> None:
+    cache_of(hub, "org/base", tiny_sdxl(tmp_path / "base"))
+    unet = tiny_sdxl(tmp_path / "lcm", time_cond_proj_dim=24, seed=1) / "unet"
+    for path in list(unet.glob("*.safetensors")):
+        shutil.copy(path, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    plain = "diffusion_pytorch_model.safetensors"
+    cache_of(hub, "org/lcm", unet, has=lambda name: not name.startswith(plain))
+    entry = CatalogEntry(name="lcm", source="org/base", unet="org/lcm", scheduler="LCMScheduler")
+    assert load_model(entry).pipeline.unet.config.time_cond_proj_dim == 24
