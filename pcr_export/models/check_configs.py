@@ -39,6 +39,7 @@ class Configs:
     vae: Mapping[str, Any]
     texts: Sequence[CLIPTextConfig]  # one, or SDXL's two
     names: Mapping[str, str]
+    tokenizers: Sequence[Path]  # a folder for each of `texts`
     is_xl: bool
 
     @property
@@ -61,12 +62,13 @@ def check_configs(folder: Path, entry: CatalogEntry, unet: Mapping[str, Any] | N
     _check_classes(folder, index)
     configs = _read_configs(folder, index, entry, unet)
     try:
-        faults = (*_channel_faults(configs), *_condition_faults(configs), *_width_faults(configs))
+        checks = (_channel_faults, _condition_faults, _width_faults, _token_faults)
+        faults = [fault for check in checks for fault in check(configs)]
         own_size = own_picture_size(configs.unet["sample_size"], configs.vae_scale_factor)
         unit = size_factor(configs.unet, configs.vae_scale_factor)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise PcrExportError(
-            f"{configs.names['unet']} or {configs.names['vae']} is not understood ({error}): fetch the folder again"
+            f"a configuration of {folder} (unet, vae or tokenizer) is not understood ({error}): fetch the folder again"
         ) from error
     for fault in faults:
         raise PcrExportError(fault)
@@ -95,6 +97,7 @@ def _read_configs(
         vae={**_defaults(AutoencoderKL), **read_json(folder / "vae" / "config.json")},
         texts=[_text_config(folder / part) for part in texts],
         names=names,
+        tokenizers=[folder / part.replace("text_encoder", "tokenizer") for part in texts],
         is_xl=index["_class_name"] == "StableDiffusionXLPipeline",
     )
 
@@ -167,6 +170,26 @@ def _width_faults(configs: Configs) -> list[str]:
             faults.append(
                 f"{name}: projection_class_embeddings_input_dim is {wanted_added}, where {TIME_IDS} times "
                 f"addition_time_embed_dim and the projection of text_encoder_2 make {given}: they are no pair, fetch the folder again"
+            )
+    return faults
+
+
+def _token_faults(configs: Configs) -> list[str]:
+    """Where a tokenizer makes more tokens, or other ones, than its text encoder has places and vectors for."""
+    faults = []
+    for text, folder in zip(configs.texts, configs.tokenizers, strict=True):
+        own, vocabulary = folder / "tokenizer_config.json", folder / "vocab.json"
+        length = read_json(own).get("model_max_length") if own.is_file() else None
+        if length is not None and length > text.max_position_embeddings:
+            faults.append(
+                f"{own}: model_max_length is {length}, where the text encoder reads {text.max_position_embeddings} tokens: "
+                "they are no pair, fetch the folder again"
+            )
+        highest = max(read_json(vocabulary).values(), default=0) if vocabulary.is_file() else 0
+        if highest >= text.vocab_size:
+            faults.append(
+                f"{vocabulary} has the token {highest}, where the text encoder knows {text.vocab_size}: "
+                "they are no pair, fetch the folder again"
             )
     return faults
 
