@@ -1,0 +1,32 @@
+"""Which picture sizes a UNet and its VAE can do. Plain arithmetic on their configurations, no heavy imports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pcr_export.errors import PcrExportError
+
+DIFFUSERS_UNIT = 8  # pixels: what every pipeline of diffusers asks for
+
+
+def size_factor(unet_config: Mapping[str, Any], vae_scale_factor: int) -> int:
+    """Pixels of which height and width have to be multiples.
+
+    A UNet of n blocks halves the latents n - 1 times, and each of these is 1 / vae_scale_factor of the picture.
+
+    Args:
+        unet_config: unet/config.json, or the UNet's `config`.
+        vae_scale_factor: pixels per latent, of the pipeline.
+    """
+    halvings = len(unet_config.get("block_out_channels") or (1,)) - 1
+    return math.lcm(DIFFUSERS_UNIT, vae_scale_factor * 2**halvings)
+
+
+def check_picture_size(height: int, width: int, unit: int) -> None:
+    """Raise PcrExportError where `height` or `width` (pixels) is no multiple of `unit` (pixels, of `size_factor`)."""
+    if height < unit or width < unit or height % unit or width % unit:
+        raise PcrExportError(
+            f"a {height}x{width} picture can't be made: give a height and a width that are multiples of {unit}"
+        )
