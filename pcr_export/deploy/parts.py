@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -19,6 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from pcr_export.deploy.refusals import INVERSION, Axes, GraphPart, check_inputs, refuse_arguments
 from pcr_export.deploy.schedule import ScheduleWatch
+from pcr_export.deploy.signatures import WITHOUT_DRAWING
 from pcr_export.engines.engine_folder import find_engine, tensorrt_onnx
 from pcr_export.engines.onnx_files import input_axes
 from pcr_export.engines.onnxruntime import RUN_ERRORS, OnnxRuntimeEngine, first_line
@@ -208,9 +210,16 @@ class OnnxVae(OnnxPart):
         """The encoder's session. Raises PcrExportError where the folder has none."""
         return self.load_encoder()
 
-    def encode(self, images: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
-        """The distribution of the latents, float32 [batch, channels, h, w], of images float32 [batch, 3, h f, w f] in -1..1."""
+    def encode(
+        self, images: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple[Any]:
+        """The distribution of the latents, float32 [batch, channels, h, w], of images float32 [batch, 3, h f, w f] in -1..1.
+
+        An AutoencoderTiny's are the latents themselves.
+        """
         parameters = self.encoder.run({"sample": images.to(torch.float32).contiguous()})["latent_parameters"]
+        if self.config.get("_class_name") == WITHOUT_DRAWING:
+            return AutoencoderTinyOutput(latents=parameters) if return_dict else (parameters,)
         latents: Any = DiagonalGaussianDistribution(parameters)
         return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
 

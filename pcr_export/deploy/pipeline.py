@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import CLIPTokenizer
 
+from pcr_export.deploy.folder import TOKENIZERS
 from pcr_export.deploy.parts import OnnxTextEncoder, OnnxUnet, OnnxVae, TensorRtUnet, vae_encoder
 from pcr_export.engine_settings import BACKENDS
 from pcr_export.engines.engine_folder import engine_targets, find_engine
@@ -128,6 +129,11 @@ def load_exported_pipeline(
     class_name = index["_class_name"].removesuffix("Pipeline") + TASKS[task]
     pipeline: Pipeline = getattr(diffusers, class_name)(**parts)
     return pipeline
+
+
+def read_tokenizers(folder: Path) -> list[CLIPTokenizer]:
+    """The tokenizers of an exported folder; none where it was exported without. Raises PcrExportError where one is damaged."""
+    return [_read_tokenizer(folder / name) for name in TOKENIZERS if (folder / name).is_dir()]
 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -10,9 +10,12 @@ import numpy as np
 from torch import nn
 
 from pcr_export.deploy.pipeline import load_exported_pipeline
+from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry, fill_in
 from pcr_export.models.denoiser import sample
 from pcr_export.models.load import LoadedModel
+from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
+from pcr_export.models.pipelines import Pipeline
 from pcr_export.qdiffbench.images import to_uint8
 from pcr_export.recipe import read_recipe
 
@@ -41,6 +44,8 @@ def generate(
         PcrExportError: as `load_exported_pipeline` does.
     """
     model = load_exported_model(folder, engine=engine)
+    for text, what in ((prompt, "prompts"), (negative_prompt, "negative prompts")):
+        warn_of_cut_prompts(tokenizers_of(model.pipeline), [text], what)
     entry = model.entry
     entry = replace(
         entry,
@@ -73,11 +78,19 @@ def load_exported_model(
         recipe = read_recipe(folder)
         names = ("num_inference_steps", "guidance_scale", "height", "width")
         entry = replace(entry, **{name: getattr(recipe, name) for name in names})
-    size = pipeline.unet.config.sample_size
     filled = fill_in(
         entry,
         class_name=type(pipeline).__name__,
-        sample_size=(size if isinstance(size, int) else size[0]) * pipeline.vae_scale_factor,
+        sample_size=_own_size(folder, entry, pipeline),
         few_steps=pipeline.unet.config.time_cond_proj_dim is not None,
     )
     return LoadedModel(entry=filled, pipeline=pipeline)
+
+
+def _own_size(folder: Path, entry: CatalogEntry, pipeline: Pipeline) -> int:
+    """Pixels a side that the UNet was made for, which count where `entry` names no size. Raises PcrExportError where neither does."""
+    size = pipeline.unet.config.sample_size
+    if size is None and (entry.height is None or entry.width is None):
+        raise PcrExportError(f"{folder} has no recipe.json, and its UNet no sample_size: export again")
+    side = 1 if size is None else size if isinstance(size, int) else size[0]
+    return int(side) * int(pipeline.vae_scale_factor)

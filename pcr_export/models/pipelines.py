@@ -96,7 +96,7 @@ def unet_axes(pipeline: Pipeline) -> Mapping[str, Mapping[int, str]]:
     axes: dict[str, Mapping[int, str]] = {
         "sample": {0: "batch", 2: "height", 3: "width"},
         "timestep": {},
-        "encoder_hidden_states": {0: "batch"},
+        "encoder_hidden_states": {0: "batch", 1: "tokens"},
     }
     if isinstance(pipeline, StableDiffusionXLPipeline):
         axes |= {"text_embeds": {0: "batch"}, "time_ids": {0: "batch"}}
