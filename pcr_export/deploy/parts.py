@@ -102,9 +102,11 @@ class ExportedUnet(GraphPart):
         Raises:
             PcrExportError: an argument is given that the graph has no input for, or a size is none that it takes.
         """
+        added = added_cond_kwargs or {}
         refuse_arguments(
             self.title,
             {
+                **{name: value for name, value in added.items() if name not in self.ports},
                 "class_labels": class_labels,
                 "attention_mask": attention_mask,
                 "cross_attention_kwargs": cross_attention_kwargs,
@@ -118,7 +120,7 @@ class ExportedUnet(GraphPart):
             "sample": sample,
             "timestep": _one_timestep(timestep),
             "encoder_hidden_states": encoder_hidden_states,
-            **(added_cond_kwargs or {}),
+            **added,
             "timestep_cond": timestep_cond,
         }
         inputs = {name: tensor.to(torch.float32) for name, tensor in given.items() if tensor is not None}

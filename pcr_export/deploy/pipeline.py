@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -13,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from pcr_export.deploy.folder import TOKENIZERS
 from pcr_export.deploy.parts import OnnxTextEncoder, OnnxUnet, OnnxVae, TensorRtUnet, vae_encoder
+from pcr_export.deploy.refusals import LORA, SAVING
 from pcr_export.engine_settings import BACKENDS
 from pcr_export.engines.engine_folder import engine_targets, find_engine
 from pcr_export.engines.engine_record import read_engine_record
@@ -128,7 +130,14 @@ def load_exported_pipeline(
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     class_name = index["_class_name"].removesuffix("Pipeline") + TASKS[task]
     pipeline: Pipeline = getattr(diffusers, class_name)(**parts)
+    # before diffusers saves a folder without networks, or asks for a library that would not help
+    for name, advice in (("save_pretrained", SAVING), ("load_lora_weights", LORA)):
+        setattr(pipeline, name, partial(_refuse_call, f"an exported pipeline has no {name}: {advice}"))
     return pipeline
+
+
+def _refuse_call(message: str, *_arguments: Any, **_named: Any) -> NoReturn:
+    raise PcrExportError(message)
 
 
 def read_tokenizers(folder: Path) -> list[CLIPTokenizer]:

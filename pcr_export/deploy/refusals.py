@@ -13,6 +13,7 @@ from pcr_export.errors import PcrExportError
 Axes = Sequence[int | str | None]  # of an input: its size, the name of a free axis, or None for any size
 FLOAT_PIPELINE = "paint with the float pipeline for that"
 LORA = "give LoRA files to the export (--lora FILE[:SCALE]), which fuses them"
+SAVING = "copy the exported folder"
 INVERSION = "load the textual inversion into the float pipeline, save that with save_pretrained, and export the folder"
 IMAGE_PROMPT = f"an IP-Adapter needs weights that the graph lacks: {FLOAT_PIPELINE}"
 # What a person who meets the name wanted, by a part of the name; the first that fits counts.
@@ -59,6 +60,12 @@ class GraphPart(nn.Module):
             raise MissingMemberError(
                 f"the exported {self.title} is a graph and has no {name}: {_advice(name)}"
             ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A member; refused for accelerate's hooks, by which enable_model_cpu_offload and its like move weights."""
+        if name == "_hf_hook":
+            raise PcrExportError(f"the exported {self.title} has no weights to move to and fro: leave the call out")
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphPart:
         """What `to`, `half`, `cuda` and their like come down to; refused where tensors would not stay as they are."""
@@ -121,11 +128,20 @@ def _fits(size: int, axis: int | str | None, sizes: dict[str, int]) -> bool:
 
 
 def _misfit(title: str, name: str, shape: tuple[int, ...], axes: Axes, sizes: Mapping[str, int]) -> str:
-    wanted = ", ".join("any" if axis is None else str(sizes.get(str(axis), axis)) for axis in axes)
+    found = [*shape, *[0] * len(axes)]
+    wanted = ", ".join(_wanted(axis, size, sizes) for axis, size in zip(axes, found, strict=False))
     advice = "call it as the pipeline's class does"
     if name == "encoder_hidden_states" and len(shape) == len(axes) == 3 and shape[1] != axes[1]:
         advice = f"give prompt_embeds of {axes[1]} tokens, or export again for texts of any length"
     return f"the exported {title} takes {name} as [{wanted}], not {list(shape)}: {advice}"
+
+
+def _wanted(axis: int | str | None, size: int, sizes: Mapping[str, int]) -> str:
+    """In words; a free axis by its name, but by its size where another input tells that and this one differs."""
+    if axis is None:
+        return "any"
+    known = sizes.get(str(axis), size)
+    return str(axis if known == size else known)
 
 
 def _advice(name: str) -> str:
