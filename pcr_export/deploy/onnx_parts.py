@@ -54,8 +54,7 @@ def export_vae_decoder(vae: Any, path: Path) -> None:
 def export_vae_encoder(vae: Any, path: Path) -> None:
     """An AutoencoderKL's encoder as ONNX:  sample float32 [batch, 3, h f, w f] -> latent_parameters float32 [batch, 2 channels, h, w].
 
-    The parameters are mean and log variance of a normal distribution, whose draw is the latents before scaling; an AutoencoderTiny's
-    are the latents themselves.
+    The parameters are mean and log variance of a normal distribution, whose draw is the latents before scaling.
 
     Args:
         vae: in eval mode.
@@ -103,8 +102,7 @@ class _VaeEncoder(nn.Module):
         self.vae = vae
 
     def forward(self, sample: Tensor) -> Tensor:
-        encoded = self.vae.encode(sample)
-        parameters: Tensor = encoded.latents if "latents" in encoded else encoded.latent_dist.parameters
+        parameters: Tensor = self.vae.encode(sample).latent_dist.parameters
         return parameters
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -20,7 +19,6 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from pcr_export.deploy.refusals import INVERSION, Axes, GraphPart, check_inputs, refuse_arguments
 from pcr_export.deploy.schedule import ScheduleWatch
-from pcr_export.deploy.signatures import WITHOUT_DRAWING
 from pcr_export.engines.engine_folder import find_engine, tensorrt_onnx
 from pcr_export.engines.onnx_files import input_axes
 from pcr_export.engines.onnxruntime import RUN_ERRORS, OnnxRuntimeEngine, first_line
@@ -28,6 +26,7 @@ from pcr_export.engines.tensorrt_runner import TensorRtEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import read_json
 from pcr_export.models.denoiser import Inputs
+from pcr_export.models.picture_sizes import check_picture_size, latent_factor
 
 TITLES = {
     "unet": "UNet",
@@ -76,6 +75,7 @@ class ExportedUnet(GraphPart):
         self.config = FrozenDict(read_json(folder / "config.json"))
         self.network, self.ports = network, ports
         self.schedule = ScheduleWatch(folder.parent)
+        self.vae_scale_factor = _vae_scale_factor(folder.parent)
         # the one weight's size that StableDiffusionXLPipeline looks up
         self.add_embedding = SimpleNamespace(
             linear_1=SimpleNamespace(in_features=self.config.get("projection_class_embeddings_input_dim"))
@@ -125,9 +125,18 @@ class ExportedUnet(GraphPart):
         }
         inputs = {name: tensor.to(torch.float32) for name, tensor in given.items() if tensor is not None}
         check_inputs(self.title, self.ports, inputs)
+        unit, per_latent = latent_factor(self.config), self.vae_scale_factor
+        check_picture_size(*(size * per_latent for size in sample.shape[-2:]), unit * per_latent)
         self.schedule.see(float(inputs["timestep"]))
         output = self.network(inputs).to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+
+def _vae_scale_factor(folder: Path) -> int:
+    """Pixels per latent, by which sizes are told; that of every published VAE where the folder was exported without."""
+    path = folder / "vae_decoder" / "config.json"
+    channels = read_json(path).get("block_out_channels") if path.is_file() else None
+    return 2 ** (len(channels) - 1) if isinstance(channels, list) and channels else 8
 
 
 def _one_timestep(timestep: Tensor | float) -> Tensor:
@@ -212,16 +221,9 @@ class OnnxVae(OnnxPart):
         """The encoder's session. Raises PcrExportError where the folder has none."""
         return self.load_encoder()
 
-    def encode(
-        self, images: Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple[Any]:
-        """The distribution of the latents, float32 [batch, channels, h, w], of images float32 [batch, 3, h f, w f] in -1..1.
-
-        An AutoencoderTiny's are the latents themselves.
-        """
+    def encode(self, images: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
+        """The distribution of the latents, float32 [batch, channels, h, w], of images float32 [batch, 3, h f, w f] in -1..1."""
         parameters = self.encoder.run({"sample": images.to(torch.float32).contiguous()})["latent_parameters"]
-        if self.config.get("_class_name") == WITHOUT_DRAWING:
-            return AutoencoderTinyOutput(latents=parameters) if return_dict else (parameters,)
         latents: Any = DiagonalGaussianDistribution(parameters)
         return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
 

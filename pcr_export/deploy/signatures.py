@@ -12,7 +12,6 @@ from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import read_json
 
 Wanted = Mapping[str, tuple[str, tuple[int | None, ...]]]  # name -> data type, and axes; None: of any size
-WITHOUT_DRAWING = "AutoencoderTiny"  # the VAE whose encoder gives latents, and no distribution of them
 PICTURE_CHANNELS = 3  # where a VAE's configuration does not tell
 BATCHED_TEXT: tuple[str, tuple[int | None, ...]] = ("FLOAT", (None, None, None))
 
@@ -53,8 +52,7 @@ def _wanted(part: str, config: Mapping[str, Any]) -> tuple[Wanted, Wanted]:
     if part.startswith("text_encoder"):
         return _text_encoder_ports(config)
     if part == "vae_encoder":
-        each = 1 if config.get("_class_name") == WITHOUT_DRAWING else 2  # mean and log variance
-        parameters = _picture(each * config.get("latent_channels", 0) or None)
+        parameters = _picture(2 * config.get("latent_channels", 0) or None)  # mean and log variance
         images = _picture(config.get("in_channels", PICTURE_CHANNELS))
         return {"sample": images}, {"latent_parameters": parameters}
     if part == "vae_decoder":

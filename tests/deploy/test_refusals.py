@@ -106,6 +106,7 @@ def test_ip_adapter_is_refused(pipelines: dict[str, Pipeline]) -> None:
             r"takes encoder_hidden_states as \[2, tokens, 32\], not \[3",
         ),
         ({"sample": torch.zeros(2, 4, 8, 8, requires_grad=True)}, "gives no gradients"),
+        ({"sample": torch.zeros(2, 4, 8, 9)}, "a 16x18 picture can't be made: .* multiples of 4"),
     ],
 )
 def test_the_unet_takes_what_its_graph_has_an_input_for(

@@ -20,7 +20,7 @@ from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.flavours import gpu_target
 from pcr_export.engines.onnx_files import input_axes
 from pcr_export.engines.tensorrt import build_engine
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, PromptWarning
 from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.pipelines import denoiser_from_pipeline
 from pcr_export.recipe import Recipe
@@ -102,6 +102,16 @@ def test_settings_come_from_the_recipe(copy: Path) -> None:
 
 def test_no_torch_weights_are_read(copy: Path) -> None:
     assert not list(copy.rglob("*.safetensors"))
+
+
+def test_prompts_that_are_cut_are_said(sdxl: ExportedFolder) -> None:
+    long = "a b c d e f g h i j k l m n o p"
+    with pytest.warns(PromptWarning) as caught:
+        generate(sdxl.folder, long, steps=1, negative_prompt=long)
+    assert [str(warning.message).split(":")[0] for warning in caught if warning.category is PromptWarning] == [
+        f"1 of 1 {what} are longer than 16 tokens, and what comes after is not read"
+        for what in ("prompts", "negative prompts")
+    ]
 
 
 def test_zero_steps_are_refused(sdxl: ExportedFolder) -> None:
