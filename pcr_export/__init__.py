@@ -10,6 +10,7 @@ _HOMES = {
     "Denoiser": "models.denoiser",
     "Job": "export",
     "PcrExportError": "errors",
+    "PromptWarning": "errors",
     "Recipe": "recipe",
     "ScheduleWarning": "errors",
     "export_denoiser": "export",

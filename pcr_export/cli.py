@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from pcr_export import __version__, cli_folder
 from pcr_export.engine_settings import BACKENDS, EngineSettings
-from pcr_export.errors import PcrExportError, ScheduleWarning
+from pcr_export.errors import PcrExportError, PcrExportWarning
 from pcr_export.progress import Advance
 from pcr_export.recipe import RANGES, REDUCTIONS, SCHEMES, WEIGHTS, Recipe
 from pcr_export.request import PART_FORMS, ExportRequest
@@ -346,8 +346,8 @@ def main() -> None:
 
 
 def _show_warning(others: Any, message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """The package's own warning as one line; those of libraries as they are shown elsewhere."""
-    if issubclass(category, ScheduleWarning):
+    """The package's own warnings as one line each; those of libraries as they are shown elsewhere."""
+    if issubclass(category, PcrExportWarning):
         errors.print(f"warning: {message}", markup=False, highlight=False)
     else:
         others(message, category, *where)

@@ -1,4 +1,4 @@
-"""The one exception that people meet: a line that says what is wrong and what to do. And the one warning."""
+"""The one exception that people meet: a line that says what is wrong and what to do. And the warnings."""
 
 
 class PcrExportError(Exception):
@@ -9,5 +9,13 @@ class PcrExportError(Exception):
         self.exit_code = exit_code
 
 
-class ScheduleWarning(UserWarning):
+class PcrExportWarning(UserWarning):
+    """What was asked for is done, but not as a person may think. The message is one line; the command line prints it."""
+
+
+class PromptWarning(PcrExportWarning):
+    """Prompts are longer than the text encoders read: what comes after is not seen."""
+
+
+class ScheduleWarning(PcrExportWarning):
     """Images are sampled with timesteps that were not calibrated: they are right, but not as good as they could be."""

@@ -25,6 +25,7 @@ from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
 from pcr_export.models.catalog import read_json
 from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.load import LoadedModel, load_model
+from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
 from pcr_export.qdiffbench.features import own_extractors
@@ -61,6 +62,8 @@ def export_pipeline(
         The report. Raises PcrExportError as `export_denoiser` does.
     """
     check_engines(job.engines)  # before a folder is made
+    if job.validate:
+        warn_of_cut_prompts(tokenizers_of(model.pipeline), eval_prompts, "validation prompts")
     with hold_folder(job.folder):
         return _export_pipeline(job, model, eval_prompts, parts)
 
@@ -108,10 +111,12 @@ def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], No
 def pipeline_job(model: LoadedModel, recipe: Recipe, prompts: Sequence[str], folder: Path) -> Job:
     """The job of exporting a pipeline, calibrated on recipe.calib_size of the prompts."""
     parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    conditions = choose_prompts(prompts, recipe.calib_size, recipe.seed)
+    warn_of_cut_prompts(tokenizers_of(model.pipeline), conditions, "calibration prompts")
     return Job(
         denoiser=model.denoiser(),
         recipe=recipe,
-        conditions=choose_prompts(prompts, recipe.calib_size, recipe.seed),
+        conditions=conditions,
         folder=folder,
         walk_key={
             "other parts": hash_weights(*(part for name, part in sorted(parts.items()) if name != "unet")),

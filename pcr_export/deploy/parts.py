@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,52 +10,72 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from torch import Tensor, nn
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+from pcr_export.deploy.refusals import INVERSION, Axes, GraphPart, check_inputs, refuse_arguments
 from pcr_export.deploy.schedule import ScheduleWatch
 from pcr_export.engines.engine_folder import find_engine, tensorrt_onnx
-from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
+from pcr_export.engines.onnx_files import input_axes
+from pcr_export.engines.onnxruntime import RUN_ERRORS, OnnxRuntimeEngine, first_line
 from pcr_export.engines.tensorrt_runner import TensorRtEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import read_json
 from pcr_export.models.denoiser import Inputs
+from pcr_export.models.picture_sizes import check_picture_size, latent_factor
+
+TITLES = {
+    "unet": "UNet",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "vae_encoder": "VAE encoder",
+    "vae_decoder": "VAE decoder",
+}
 
 
-class OnnxPart(nn.Module):
+class OnnxPart(GraphPart):
     """A part of a pipeline whose network is an onnxruntime session; diffusers reads config, dtype and device of it."""
-
-    dtype = torch.float32
-    device = torch.device("cpu")
 
     def __init__(self, folder: Path, threads: int | None) -> None:
         super().__init__()
+        self.title = TITLES[folder.name]
         self.config = FrozenDict(read_json(folder / "config.json"))
         self.engine = OnnxRuntimeEngine(
             folder / "model.onnx", threads
         ).__enter__()  # closed with the last reference to it
         self.output_names = [output.name for output in self.engine.session.get_outputs()]
+        self.ports: Mapping[str, Axes] = {port.name: port.shape for port in self.engine.session.get_inputs()}
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every output by name."""
-        arrays = self.engine.session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        """Every output by name, on the CPU. Raises PcrExportError where the inputs are none that the graph takes."""
+        check_inputs(self.title, self.ports, inputs)
+        feed = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
+        try:
+            arrays = self.engine.session.run(None, feed)
+        except RUN_ERRORS as error:
+            shapes = {name: list(array.shape) for name, array in feed.items()}
+            raise PcrExportError(
+                f"the exported {self.title} does not run on inputs of the sizes {shapes}: {first_line(error)}"
+            ) from error
         return {name: torch.from_numpy(array) for name, array in zip(self.output_names, arrays, strict=True)}
 
 
-class ExportedUnet(nn.Module):
+class ExportedUnet(GraphPart):
     """Called as a UNet2DConditionModel is; `network` is called with the named inputs. A schedule that is not calibrated is warned of."""
 
-    dtype = torch.float32
-    device = torch.device("cpu")
+    title = TITLES["unet"]
 
-    def __init__(self, folder: Path, network: Callable[[Inputs], Tensor]) -> None:
+    def __init__(self, folder: Path, network: Callable[[Inputs], Tensor], ports: Mapping[str, Axes]) -> None:
+        """Read the configuration in `folder`; `ports` are the axes of each of the network's inputs."""
         super().__init__()
         self.config = FrozenDict(read_json(folder / "config.json"))
-        self.network = network
+        self.network, self.ports = network, ports
         self.schedule = ScheduleWatch(folder.parent)
+        self.vae_scale_factor = _vae_scale_factor(folder.parent)
         # the one weight's size that StableDiffusionXLPipeline looks up
         self.add_embedding = SimpleNamespace(
             linear_1=SimpleNamespace(in_features=self.config.get("projection_class_embeddings_input_dim"))
@@ -64,23 +84,69 @@ class ExportedUnet(nn.Module):
     def forward(
         self,
         sample: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | float,
         encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
-        **_unused: Any,
-    ) -> tuple[Tensor]:
-        """(noise or v, of sample's shape and on its device,)."""
-        self.schedule.see(float(timestep))
-        inputs = {
+        down_block_additional_residuals: tuple[Tensor, ...] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: tuple[Tensor, ...] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Noise or v, of sample's shape and on its device; alone in a tuple without `return_dict`.
+
+        Raises:
+            PcrExportError: an argument is given that the graph has no input for, or a size is none that it takes.
+        """
+        added = added_cond_kwargs or {}
+        refuse_arguments(
+            self.title,
+            {
+                **{name: value for name, value in added.items() if name not in self.ports},
+                "class_labels": class_labels,
+                "attention_mask": attention_mask,
+                "cross_attention_kwargs": cross_attention_kwargs,
+                "down_block_additional_residuals": down_block_additional_residuals,
+                "mid_block_additional_residual": mid_block_additional_residual,
+                "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
+                "encoder_attention_mask": encoder_attention_mask,
+            },
+        )
+        given = {
             "sample": sample,
-            "timestep": timestep.to(torch.float32),
+            "timestep": _one_timestep(timestep),
             "encoder_hidden_states": encoder_hidden_states,
+            **added,
+            "timestep_cond": timestep_cond,
         }
-        inputs |= added_cond_kwargs or {}
-        if timestep_cond is not None:
-            inputs["timestep_cond"] = timestep_cond
-        return (self.network(inputs).to(sample.device, sample.dtype),)
+        inputs = {name: tensor.to(torch.float32) for name, tensor in given.items() if tensor is not None}
+        check_inputs(self.title, self.ports, inputs)
+        unit, per_latent = latent_factor(self.config), self.vae_scale_factor
+        check_picture_size(*(size * per_latent for size in sample.shape[-2:]), unit * per_latent)
+        self.schedule.see(float(inputs["timestep"]))
+        output = self.network(inputs).to(sample.device, sample.dtype)
+        return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+
+def _vae_scale_factor(folder: Path) -> int:
+    """Pixels per latent, by which sizes are told; that of every published VAE where the folder was exported without."""
+    path = folder / "vae_decoder" / "config.json"
+    channels = read_json(path).get("block_out_channels") if path.is_file() else None
+    return 2 ** (len(channels) - 1) if isinstance(channels, list) and channels else 8
+
+
+def _one_timestep(timestep: Tensor | float) -> Tensor:
+    """float32 []: the timestep of all rows. Raises PcrExportError where rows differ in it."""
+    values = torch.as_tensor(timestep).to(torch.float32).flatten()
+    if not len(values) or not torch.all(values == values[0]):
+        raise PcrExportError(
+            "the exported UNet takes one timestep for all rows of a call: call it once for each timestep"
+        )
+    return values[0]
 
 
 class OnnxUnet(ExportedUnet):
@@ -88,30 +154,59 @@ class OnnxUnet(ExportedUnet):
 
     def __init__(self, folder: Path, threads: int | None) -> None:
         part = OnnxPart(folder, threads)
-        super().__init__(folder, lambda inputs: part.run(inputs)[part.output_names[0]])
+        super().__init__(folder, lambda inputs: part.run(inputs)[part.output_names[0]], part.ports)
 
 
 class TensorRtUnet(ExportedUnet):
     """The UNet as a TensorRT engine of an exported folder; inputs and outputs may live on the CPU or on the GPU."""
 
+    to_a_gpu = "the engine is on the GPU already"
+
     def __init__(self, folder: Path, target: str) -> None:
-        engine = TensorRtEngine(find_engine(folder, target), tensorrt_onnx(folder))
-        super().__init__(folder / "unet", engine.__enter__())  # closed with the last reference to it
+        onnx_path = tensorrt_onnx(folder)
+        engine = TensorRtEngine(find_engine(folder, target), onnx_path)
+        # closed with the last reference to it
+        super().__init__(folder / "unet", engine.__enter__(), input_axes(onnx_path))
 
 
 class OnnxTextEncoder(OnnxPart):
     """Called as a CLIPTextModel or a CLIPTextModelWithProjection is."""
 
-    def forward(self, input_ids: Tensor, **_unused: Any) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
-        """Every output, hidden states too; the last hidden state closes them as optimum closes them."""
-        outputs = self.run({"input_ids": input_ids})
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | CLIPTextModelOutput | tuple[Any, ...]:
+        """Every output, hidden states where they are asked for; the last hidden state closes them as optimum closes them.
+
+        Raises:
+            PcrExportError: an argument is given that the graph has no input for, or a token is none of its vocabulary.
+        """
+        others = {"attention_mask": attention_mask, "position_ids": position_ids}
+        refuse_arguments(self.title, {**others, "output_attentions": output_attentions})
+        self._check_tokens(input_ids)
+        outputs = self.run({"input_ids": input_ids.to(torch.int64)})
         last = outputs["last_hidden_state"]
         hidden = (*(outputs[f"hidden_states.{i}"] for i in range(self.config["num_hidden_layers"])), last)
+        answer: BaseModelOutputWithPooling | CLIPTextModelOutput
         if "text_embeds" in outputs:
-            return CLIPTextModelOutput(text_embeds=outputs["text_embeds"], last_hidden_state=last, hidden_states=hidden)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=last, pooler_output=outputs["pooler_output"], hidden_states=hidden
-        )
+            answer = CLIPTextModelOutput(text_embeds=outputs["text_embeds"], last_hidden_state=last)
+        else:
+            answer = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=outputs["pooler_output"])
+        if output_hidden_states:
+            answer["hidden_states"] = hidden
+        return answer.to_tuple() if return_dict is False else answer
+
+    def _check_tokens(self, ids: Tensor) -> None:
+        known = self.config.get("vocab_size")
+        if isinstance(known, int) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            raise PcrExportError(
+                f"the exported {self.title} knows {known} tokens, and the prompt has token {int(ids.max())}: {INVERSION}"
+            )
 
 
 class OnnxVae(OnnxPart):
@@ -128,13 +223,15 @@ class OnnxVae(OnnxPart):
 
     def encode(self, images: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
         """The distribution of the latents, float32 [batch, channels, h, w], of images float32 [batch, 3, h f, w f] in -1..1."""
-        parameters = self.encoder.run({"sample": images.contiguous()})["latent_parameters"]
+        parameters = self.encoder.run({"sample": images.to(torch.float32).contiguous()})["latent_parameters"]
         latents: Any = DiagonalGaussianDistribution(parameters)
         return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
 
-    def decode(self, latents: Tensor, **_unused: Any) -> tuple[Tensor]:
-        """(images float32 [batch, 3, h f, w f] in -1..1,)."""
-        return (self.run({"latent_sample": latents})["sample"],)
+    def decode(self, latents: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
+        """Images float32 [batch, 3, h f, w f] in -1..1; `generator` is diffusers' and draws nothing, as in an AutoencoderKL."""
+        del generator
+        images = self.run({"latent_sample": latents.to(torch.float32)})["sample"]
+        return DecoderOutput(sample=images) if return_dict else (images,)
 
 
 def vae_encoder(folder: Path) -> Path:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import CLIPTokenizer
 
+from pcr_export.deploy.folder import TOKENIZERS
 from pcr_export.deploy.parts import OnnxTextEncoder, OnnxUnet, OnnxVae, TensorRtUnet, vae_encoder
+from pcr_export.deploy.refusals import LORA, SAVING
 from pcr_export.engine_settings import BACKENDS
 from pcr_export.engines.engine_folder import engine_targets, find_engine
 from pcr_export.engines.engine_record import read_engine_record
@@ -127,7 +130,19 @@ def load_exported_pipeline(
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     class_name = index["_class_name"].removesuffix("Pipeline") + TASKS[task]
     pipeline: Pipeline = getattr(diffusers, class_name)(**parts)
+    # before diffusers saves a folder without networks, or asks for a library that would not help
+    for name, advice in (("save_pretrained", SAVING), ("load_lora_weights", LORA)):
+        setattr(pipeline, name, partial(_refuse_call, f"an exported pipeline has no {name}: {advice}"))
     return pipeline
+
+
+def _refuse_call(message: str, *_arguments: Any, **_named: Any) -> NoReturn:
+    raise PcrExportError(message)
+
+
+def read_tokenizers(folder: Path) -> list[CLIPTokenizer]:
+    """The tokenizers of an exported folder; none where it was exported without. Raises PcrExportError where one is damaged."""
+    return [_read_tokenizer(folder / name) for name in TOKENIZERS if (folder / name).is_dir()]
 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -13,6 +13,8 @@ from pcr_export.deploy.pipeline import load_exported_pipeline
 from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size
 from pcr_export.models.denoiser import sample
 from pcr_export.models.load import LoadedModel
+from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
+from pcr_export.models.pipelines import Pipeline
 from pcr_export.qdiffbench.images import to_uint8
 from pcr_export.recipe import read_recipe
 
@@ -41,6 +43,8 @@ def generate(
         PcrExportError: as `load_exported_pipeline` does.
     """
     model = load_exported_model(folder, engine=engine)
+    for text, what in ((prompt, "prompts"), (negative_prompt, "negative prompts")):
+        warn_of_cut_prompts(tokenizers_of(model.pipeline), [text], what)
     entry = model.entry
     entry = replace(
         entry,

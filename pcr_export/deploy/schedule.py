@@ -10,7 +10,8 @@ import numpy as np
 from pcr_export.errors import ScheduleWarning
 from pcr_export.step_scales import read_step_scales
 
-ROUNDING = 0.5  # of a timestep: schedulers differ in how they round the same schedule
+ROUNDING = 0.5  # of a timestep of a thousand: schedulers differ in how they round the same schedule
+COUNTED_FROM = 500.0  # timesteps of which the largest is smaller are no counts but times, such as 0..1 or log sigmas
 
 
 class ScheduleWatch:
@@ -24,6 +25,8 @@ class ScheduleWatch:
         """Read the calibrated timesteps of an exported folder; a graph beside which there are no step scales is a float one."""
         scales = folder / "step_scales.safetensors"
         self.calibrated = read_step_scales(scales).timesteps if scales.is_file() else None
+        largest = 0.0 if self.calibrated is None else float(np.abs(self.calibrated).max())
+        self.rounding = ROUNDING * min(1.0, largest / COUNTED_FROM)
         self.last = np.inf
         self.seen: set[float] = set()
         self.warned = False  # of the schedule that is being sampled
@@ -34,7 +37,7 @@ class ScheduleWatch:
             return
         self.warned = self.warned and timestep <= self.last
         self.last = timestep
-        if timestep in self.seen or np.abs(self.calibrated - np.float32(timestep)).min() <= ROUNDING:
+        if timestep in self.seen or np.abs(self.calibrated - np.float32(timestep)).min() <= self.rounding:
             return
         self.seen.add(timestep)
         if not self.warned:

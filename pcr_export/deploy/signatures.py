@@ -12,7 +12,7 @@ from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import read_json
 
 Wanted = Mapping[str, tuple[str, tuple[int | None, ...]]]  # name -> data type, and axes; None: of any size
-IMAGES = (None, 3, None, None)
+PICTURE_CHANNELS = 3  # where a VAE's configuration does not tell
 BATCHED_TEXT: tuple[str, tuple[int | None, ...]] = ("FLOAT", (None, None, None))
 
 
@@ -52,26 +52,43 @@ def _wanted(part: str, config: Mapping[str, Any]) -> tuple[Wanted, Wanted]:
     if part.startswith("text_encoder"):
         return _text_encoder_ports(config)
     if part == "vae_encoder":
-        parameters = (None, 2 * config.get("latent_channels", 0) or None, None, None)  # mean and log variance
-        return {"sample": ("FLOAT", IMAGES)}, {"latent_parameters": ("FLOAT", parameters)}
+        parameters = _picture(2 * config.get("latent_channels", 0) or None)  # mean and log variance
+        images = _picture(config.get("in_channels", PICTURE_CHANNELS))
+        return {"sample": images}, {"latent_parameters": parameters}
     if part == "vae_decoder":
-        latents = (None, config.get("latent_channels"), None, None)
-        return {"latent_sample": ("FLOAT", latents)}, {"sample": ("FLOAT", IMAGES)}
+        images = _picture(config.get("out_channels", PICTURE_CHANNELS))
+        return {"latent_sample": _picture(config.get("latent_channels"))}, {"sample": images}
     return _unet_ports(config)
 
 
+def _picture(channels: int | None) -> tuple[str, tuple[int | None, ...]]:
+    return "FLOAT", (None, channels, None, None)
+
+
 def _unet_ports(config: Mapping[str, Any]) -> tuple[Wanted, Wanted]:
-    width = config.get("cross_attention_dim")
     inputs: dict[str, tuple[str, tuple[int | None, ...]]] = {
-        "sample": ("FLOAT", (None, config.get("in_channels"), None, None)),
+        "sample": _picture(config.get("in_channels")),
         "timestep": ("FLOAT", ()),
-        "encoder_hidden_states": ("FLOAT", (None, None, width if isinstance(width, int) else None)),
+        "encoder_hidden_states": ("FLOAT", (None, None, text_width(config))),
     }
     if config.get("addition_embed_type") == "text_time":
         inputs |= {"text_embeds": ("FLOAT", (None, None)), "time_ids": ("FLOAT", (None, None))}
     if config.get("time_cond_proj_dim") is not None:
         inputs["timestep_cond"] = ("FLOAT", (None, config["time_cond_proj_dim"]))
-    return inputs, {"out_sample": ("FLOAT", (None, config.get("out_channels"), None, None))}
+    return inputs, {"out_sample": _picture(config.get("out_channels"))}
+
+
+def text_width(config: Mapping[str, Any]) -> int | None:
+    """Width of a token as a UNet is given it; None where the configuration does not tell.
+
+    Where the UNet projects the text itself, it is what the projection reads. Blocks of different widths have no common one.
+    """
+    width = config.get("cross_attention_dim")
+    if config.get("encoder_hid_dim") is not None and config.get("encoder_hid_dim_type") in (None, "text_proj"):
+        width = config["encoder_hid_dim"]
+    widths = set(width) if isinstance(width, list | tuple) else {width}
+    (only,) = widths if len(widths) == 1 else (None,)
+    return only if isinstance(only, int) else None
 
 
 def _text_encoder_ports(config: Mapping[str, Any]) -> tuple[Wanted, Wanted]:

@@ -10,7 +10,8 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from pcr_export.deploy.parts import ExportedUnet, OnnxPart, OnnxTextEncoder, OnnxVae
+from pcr_export.deploy.parts import TITLES, ExportedUnet, OnnxPart, OnnxTextEncoder, OnnxVae
+from pcr_export.deploy.refusals import Axes, GraphPart, check_inputs
 from pcr_export.deploy.triton_config import read_config
 from pcr_export.deploy.triton_repository import REPOSITORY
 from pcr_export.models.catalog import read_json
@@ -27,24 +28,32 @@ def served_network(folder: Path, name: str, call: CallModel) -> nn.Module:
     """
     run = _Run(folder, name, call)
     if name == "unet":
-        return ExportedUnet(folder / name, lambda inputs: run(inputs)[run.outputs[0]])
+        return ExportedUnet(folder / name, lambda inputs: run(inputs)[run.outputs[0]], run.ports)
     return _ServedVae(folder / name, run) if name == "vae_decoder" else _ServedTextEncoder(folder / name, run)
 
 
 class _Run:
+    """A network of the server. A scalar is [1] to Triton."""
+
     def __init__(self, folder: Path, name: str, call: CallModel) -> None:
         config = read_config(folder / REPOSITORY / name / "config.pbtxt")
         self.name, self.call, self.outputs = name, call, list(config.outputs)
+        self.ports: dict[str, Axes] = {
+            port: [None if size < 0 else size for size in dims] for port, (_, dims) in config.inputs.items()
+        }
+        if "timestep" in self.ports:
+            self.ports["timestep"] = ()
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        # a scalar is [1] to Triton
+        check_inputs(TITLES[self.name], self.ports, inputs)
         arrays = {name: np.atleast_1d(tensor.contiguous().numpy()) for name, tensor in inputs.items()}
         return {name: torch.from_numpy(array) for name, array in self.call(self.name, arrays, self.outputs).items()}
 
 
 class _ServedPart(OnnxPart):
     def __init__(self, folder: Path, run: _Run) -> None:
-        nn.Module.__init__(self)  # no session of its own
+        GraphPart.__init__(self)  # no session of its own
+        self.title = TITLES[run.name]
         self.config = FrozenDict(read_json(folder / "config.json"))
         self.call_model = run
 

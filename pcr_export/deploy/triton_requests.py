@@ -17,7 +17,8 @@ from pcr_export.deploy.run import load_exported_model
 from pcr_export.deploy.triton_networks import CallModel, served_network
 from pcr_export.engines.onnxruntime import RUN_ERRORS
 from pcr_export.errors import PcrExportError
-from pcr_export.models.load import LoadedModel
+from pcr_export.models.load import LoadedModel, quiet
+from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
 from pcr_export.qdiffbench.images import to_uint8
 
 OWN, TRITON = "own", "triton"  # who runs the networks: the pipeline itself, or the models beside it
@@ -140,8 +141,13 @@ def _paint(model: LoadedModel, pictures: Sequence[Picture], abandoned: Callable[
     entry = replace(model.entry, num_inference_steps=first.steps, guidance_scale=first.guidance_scale)
     denoiser = replace(model, entry=entry).denoiser(negative_prompt=first.negative_prompt)
     assert denoiser.decode is not None
-    walk = denoiser.walk([picture.prompt for picture in pictures], [picture.seed for picture in pictures])
-    inputs = next(walk)
+    prompts = [picture.prompt for picture in pictures]
+    warn_of_cut_prompts(
+        tokenizers_of(model.pipeline), [*prompts, first.negative_prompt], "a request has prompts", quote=False
+    )
+    walk = denoiser.walk(prompts, [picture.seed for picture in pictures])
+    with quiet():  # diffusers logs the end of a prompt that is too long
+        inputs = next(walk)
     while True:
         if abandoned():
             raise RequestCancelledError("the request was cancelled")

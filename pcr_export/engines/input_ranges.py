@@ -13,6 +13,8 @@ FLAGS = {
     3: "width",
 }  # axis of a denoiser's input -> the symbolic axis, and flag, that sizes it
 
+TOKENS, TOKENS_AXIS = "tokens", 1  # of the text
+
 
 def is_within(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:
     """Whether every axis of `shape` lies in low..high; False for another rank."""
@@ -45,6 +47,8 @@ def check_input_ranges(engine: str, record: EngineRecord, shapes: Mapping[str, S
 
 
 def _advice(record: EngineRecord, axis: int) -> tuple[str, str]:
+    if axis == TOKENS_AXIS and TOKENS in record.axes:
+        return f" ({TOKENS})", "engines read texts of one length, onnxruntime those of any (backend='onnxruntime')"
     flag = FLAGS.get(axis)
     if flag not in record.axes:
         return "", "give inputs of the model that was exported"

@@ -46,7 +46,7 @@ class OnnxRuntimeEngine:
             self._session = onnxruntime.InferenceSession(self.path, _options(self.threads), ["CPUExecutionProvider"])
         except LOAD_ERRORS as error:
             raise PcrExportError(
-                f"onnxruntime cannot load {self.path} ({_line(error)}): export the model again"
+                f"onnxruntime cannot load {self.path} ({first_line(error)}): export the model again"
             ) from error
         return self
 
@@ -75,7 +75,7 @@ class OnnxRuntimeEngine:
         try:
             return np.array(self.session.run(None, feed)[0])
         except RUN_ERRORS as error:
-            raise PcrExportError(f"{self.path.name} does not run on these inputs: {_line(error)}") from error
+            raise PcrExportError(f"{self.path.name} does not run on these inputs: {first_line(error)}") from error
 
     def latency(self, inputs: Mapping[str, np.ndarray], runs: int) -> Latency:
         """Wall time of `runs` calls after a few that warm up."""
@@ -101,5 +101,6 @@ def _has_vnni() -> bool:
     return information.exists() and "vnni" in information.read_text("utf-8", "replace")
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says that holds anything."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

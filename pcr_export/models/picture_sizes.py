@@ -14,14 +14,16 @@ DIFFUSERS_UNIT = 8  # pixels: what every pipeline of diffusers asks for
 def size_factor(unet_config: Mapping[str, Any], vae_scale_factor: int) -> int:
     """Pixels of which height and width have to be multiples.
 
-    A UNet of n blocks halves the latents n - 1 times, and each of these is 1 / vae_scale_factor of the picture.
-
     Args:
         unet_config: unet/config.json, or the UNet's `config`.
         vae_scale_factor: pixels per latent, of the pipeline.
     """
-    halvings = len(unet_config.get("block_out_channels") or (1,)) - 1
-    return math.lcm(DIFFUSERS_UNIT, vae_scale_factor * 2**halvings)
+    return math.lcm(DIFFUSERS_UNIT, vae_scale_factor * latent_factor(unet_config))
+
+
+def latent_factor(unet_config: Mapping[str, Any]) -> int:
+    """Latents of which height and width have to be multiples: a UNet of n blocks halves them n - 1 times, and doubles as often."""
+    return 2 ** (len(unet_config.get("block_out_channels") or (1,)) - 1)
 
 
 def check_picture_size(height: int, width: int, unit: int) -> None:

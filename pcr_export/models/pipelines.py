@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs, Walk
+from pcr_export.models.picture_sizes import check_picture_size, size_factor
 from pcr_export.prompts import check_prompt
 
 Pipeline = Any  # a StableDiffusionPipeline or a StableDiffusionXLPipeline, whose parts diffusers leaves untyped
@@ -54,13 +55,9 @@ def denoiser_from_pipeline(
     Raises:
         PcrExportError: the steps or the picture's size can't be sampled.
     """
-    unit = max(8, pipeline.vae_scale_factor)
+    check_picture_size(height, width, size_factor(pipeline.unet.config, pipeline.vae_scale_factor))
     if num_inference_steps < 1:
         raise PcrExportError(f"{num_inference_steps} steps can't be sampled: give 1 or more")
-    if height < unit or width < unit or height % unit or width % unit:
-        raise PcrExportError(
-            f"a {height}x{width} picture can't be made: give a height and a width that are multiples of {unit}"
-        )
     if not math.isfinite(guidance_scale):
         raise PcrExportError(f"a guidance scale of {guidance_scale} can't be sampled: give a finite number")
     scheduler = copy.deepcopy(scheduler or pipeline.scheduler)
@@ -96,7 +93,7 @@ def unet_axes(pipeline: Pipeline) -> Mapping[str, Mapping[int, str]]:
     axes: dict[str, Mapping[int, str]] = {
         "sample": {0: "batch", 2: "height", 3: "width"},
         "timestep": {},
-        "encoder_hidden_states": {0: "batch"},
+        "encoder_hidden_states": {0: "batch", 1: "tokens"},
     }
     if isinstance(pipeline, StableDiffusionXLPipeline):
         axes |= {"text_embeds": {0: "batch"}, "time_ids": {0: "batch"}}

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from pcr_export import __version__
+from pcr_export.deploy.pipeline import read_tokenizers
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import hold_folder
 from pcr_export.models.catalog import resolve
+from pcr_export.models.long_prompts import warn_of_cut_prompts
 from pcr_export.models.lora_file import LoraFile
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import own_prompt_sets, prompt_seeds, read_prompts
@@ -139,6 +141,9 @@ def evaluate_folder(evaluation: Evaluation, extractors: Extractors | None) -> di
         What was written to evaluation.json. Raises PcrExportError where prompts, models or images can't be read, or a worker fails.
     """
     domains = evaluation.domains()
+    tokenizers = read_tokenizers(evaluation.folder)
+    for domain in domains:
+        warn_of_cut_prompts(tokenizers, domain.prompts, f"prompts of {domain.shown}")
     with hold_folder(evaluation.folder):
         artifact = _artifact_key(evaluation.folder)
         model = _model_key(evaluation.settings)

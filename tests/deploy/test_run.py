@@ -18,8 +18,9 @@ from pcr_export.deploy.run import generate, load_exported_model
 from pcr_export.engines.build_request import BuildRequest
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.flavours import gpu_target
+from pcr_export.engines.onnx_files import input_axes
 from pcr_export.engines.tensorrt import build_engine
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, PromptWarning
 from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.pipelines import denoiser_from_pipeline
 from pcr_export.recipe import Recipe
@@ -101,6 +102,16 @@ def test_settings_come_from_the_recipe(copy: Path) -> None:
 
 def test_no_torch_weights_are_read(copy: Path) -> None:
     assert not list(copy.rglob("*.safetensors"))
+
+
+def test_prompts_that_are_cut_are_said(sdxl: ExportedFolder) -> None:
+    long = "a b c d e f g h i j k l m n o p"
+    with pytest.warns(PromptWarning) as caught:
+        generate(sdxl.folder, long, steps=1, negative_prompt=long)
+    assert [str(warning.message).split(":")[0] for warning in caught if warning.category is PromptWarning] == [
+        f"1 of 1 {what} are longer than 16 tokens, and what comes after is not read"
+        for what in ("prompts", "negative prompts")
+    ]
 
 
 def test_zero_steps_are_refused(sdxl: ExportedFolder) -> None:
@@ -200,9 +211,9 @@ def test_any_network_stands_in_for_the_unet(sdxl: ExportedFolder) -> None:
         seen.append(inputs)
         return inputs["sample"].half()
 
-    unet = ExportedUnet(sdxl.folder / "unet", network)
-    sample, added = torch.ones(2, 4, 8, 8), {"text_embeds": torch.ones(2, 3), "time_ids": torch.ones(2, 6)}
-    (output,) = unet(sample, torch.tensor(7), torch.ones(2, 5, 6), added_cond_kwargs=added, return_dict=False)
+    unet = ExportedUnet(sdxl.folder / "unet", network, input_axes(sdxl.folder / "unet" / "model.onnx"))
+    sample, added = torch.ones(2, 4, 8, 8), {"text_embeds": torch.ones(2, 32), "time_ids": torch.ones(2, 6)}
+    (output,) = unet(sample, torch.tensor(7), torch.ones(2, 16, 32), added_cond_kwargs=added, return_dict=False)
     assert list(seen[0]) == ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]
     assert (seen[0]["timestep"].dtype, seen[0]["timestep"].shape) == (torch.float32, ())
     assert output.dtype == sample.dtype

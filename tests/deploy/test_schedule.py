@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ from pcr_export.step_scales import StepScales, write_step_scales
 CALIBRATED = (951.0, 701.0, 451.0, 201.0)
 
 
-def write_scales(folder: Path) -> None:
+def write_scales(folder: Path, timesteps: Sequence[float] = CALIBRATED) -> None:
     scales = StepScales(
         scale=np.ones((4, 1), np.float32),
         zero_point=np.full((4, 1), 128, np.uint8),
         bits=np.full(4, 8, np.uint8),
-        timesteps=np.array(CALIBRATED, np.float32),
+        timesteps=np.array(timesteps, np.float32),
         sites=("conv",),
         layers={"conv": "conv"},
     )
@@ -51,6 +52,22 @@ def test_each_new_schedule_is_warned_of_once(tmp_path: Path) -> None:
     assert "\n" not in line
     assert warnings_of(watch, *other, *CALIBRATED, *other) == []
     assert len(warnings_of(watch, 951.0, 800.0, 500.0, 300.0)) == 1  # another one, which shares a timestep with it
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "other"),
+    [
+        ((1.0, 0.75, 0.5, 0.25), (1.0, 0.8, 0.6, 0.4, 0.2)),  # of flow matching
+        ((1.1, 0.35, -0.4, -1.2), (1.1, 0.5, -0.1, -0.7, -1.2)),  # logarithms of sigma, as EDM schedulers give
+    ],
+)
+def test_times_that_are_no_counts_have_a_rounding_of_their_own_scale(
+    calibrated: tuple[float, ...], other: tuple[float, ...], tmp_path: Path
+) -> None:
+    write_scales(tmp_path, calibrated)
+    watch = ScheduleWatch(tmp_path)
+    assert warnings_of(watch, *calibrated, *(float(np.float32(each)) for each in calibrated)) == []
+    assert len(warnings_of(watch, *other)) == 1
 
 
 def test_a_float_graph_has_no_calibrated_schedule(tmp_path: Path) -> None:

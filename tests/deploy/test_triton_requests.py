@@ -14,7 +14,7 @@ from pcr_export.deploy.triton_requests import (
     paint_requests,
     read_pictures,
 )
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, PromptWarning
 from pcr_export.models.load import LoadedModel
 
 
@@ -90,6 +90,18 @@ def test_images_are_those_of_generate(sdxl: ExportedFolder, model: LoadedModel) 
     first, second = paint_requests(model, [[asked[0], asked[2]], [asked[1]]], never)
     np.testing.assert_allclose(first.astype(int), np.stack([expected[0], expected[2]]).astype(int), atol=1, rtol=0)
     np.testing.assert_allclose(second.astype(int), expected[1][None].astype(int), atol=1, rtol=0)
+
+
+def test_a_prompt_that_is_cut_is_said_but_not_shown(
+    model: LoadedModel, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by this package nor by diffusers, whose own warning quotes what it cuts."""
+    with pytest.warns(PromptWarning) as caught:
+        (images,) = paint_requests(model, [[picture("a b c d e f g h i j k l m n secret", steps=1)]], never)
+    assert isinstance(images, np.ndarray)
+    (line,) = [str(warning.message) for warning in caught]
+    assert line == "a request has prompts longer than 16 tokens: what comes after is not read"
+    assert "secret" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_a_walk_that_nobody_waits_for_stops(model: LoadedModel) -> None:

@@ -33,7 +33,7 @@ def tiny_sd(
         pipeline = StableDiffusionPipeline(
             vae=_vae(),
             text_encoder=CLIPTextModel(_text_config(CROSS_ATTENTION)).eval(),
-            tokenizer=_tokenizer(folder / "tokenizer"),
+            tokenizer=tiny_tokenizer(folder / "tokenizer"),
             unet=_unet(time_cond_proj_dim=time_cond_proj_dim),
             scheduler=_scheduler(scheduler, prediction_type),
             safety_checker=None,
@@ -60,8 +60,8 @@ def tiny_sdxl(
             vae=_vae(),
             text_encoder=CLIPTextModel(_text_config(half)).eval(),
             text_encoder_2=CLIPTextModelWithProjection(_text_config(half)).eval(),
-            tokenizer=_tokenizer(folder / "tokenizer"),
-            tokenizer_2=_tokenizer(folder / "tokenizer_2"),
+            tokenizer=tiny_tokenizer(folder / "tokenizer"),
+            tokenizer_2=tiny_tokenizer(folder / "tokenizer_2"),
             unet=_unet(
                 time_cond_proj_dim=time_cond_proj_dim,
                 addition_embed_type="text_time",
@@ -138,7 +138,7 @@ def _vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     """Byte pairs that know one word, "red"; vocab.json and merges.txt stay in `folder`, where transformers 5 saves neither."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(_vocabulary()), "utf-8")

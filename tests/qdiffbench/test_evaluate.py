@@ -14,7 +14,7 @@ import pytest
 from exported_tiny_sdxl import ONE_THREAD
 from safetensors.numpy import save_file
 
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, PromptWarning
 from pcr_export.manifest import check_files, read_manifest
 from pcr_export.models.lora_file import LoraFile
 from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
@@ -22,7 +22,7 @@ from pcr_export.qdiffbench.features import find_extractors
 from pcr_export.qdiffbench.workers import Workers
 from pcr_export.recipe import read_recipe
 
-PROMPTS = "\n".join(["a red cat", "a dog", "re", "a red cat", "the moon", "a boat"])
+PROMPTS = "\n".join(["a red cat", "a dog", "re", "a red cat", "the moon", "a boat on the wide sea"])
 
 
 @pytest.fixture
@@ -60,7 +60,9 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def test_what_is_written_and_what_a_second_run_keeps(evaluation):
-    result, _ = judge(evaluation)
+    with pytest.warns(PromptWarning, match=r"1 of 6 prompts of .* are longer than 16 tokens.* number \d .*'a boat on") as cut:
+        result, _ = judge(evaluation)
+    assert len([warning for warning in cut if warning.category is PromptWarning]) == 2
     folder = evaluation.folder
     assert json.loads((folder / "evaluation.json").read_text()) == result
     assert (folder / "report.html").is_file()
