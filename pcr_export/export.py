@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pcr_export import __version__
+from pcr_export.calibrate.canonical_batches import prompts_per_call
 from pcr_export.calibrate.first_token import find_first_tokens
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.learn_weights import WeightLearning, learns_weights, weights_folder
@@ -281,7 +282,7 @@ def _calibrate(job: Job, layers: list[Layer], rounding: RoundWeight, key: Key, p
     )
     write_step_scales(scales, path)
     state.clear()
-    batches = -(-len(job.conditions) // job.recipe.calib_batch)
+    batches = -(-len(job.conditions) // prompts_per_call(job.recipe))
     progressive = job.recipe.scheme == "progressive"
     return {
         "prompts": len(job.conditions),

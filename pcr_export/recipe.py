@@ -78,7 +78,7 @@ class Recipe:
         SKIPPED_BY_DEFAULT  # module path patterns (fnmatch) that stay float; "auto:4": four more, searched
     )
     calib_size: int = 64  # prompts
-    calib_batch: int = 64  # prompts per UNet call; calib_size <= calib_batch means one pass
+    calib_batch: int = 64  # prompts of a call that reduce="min-mean" averages over; nothing else depends on it
     seed: int = 0
     min_sqnr_db: float = 20.0  # validation fails where the artifact is further than this from its simulation in a step
 
@@ -139,9 +139,12 @@ class Recipe:
     def hash(self) -> str:
         """sha256 of the recipe's JSON, without later settings that change nothing: results of before they came keep their hash."""
         facts = {name: value for name, value in asdict(self).items() if LATER_SETTINGS.get(name, ...) != value}
+        if self.scheme == "progressive":
+            facts["progressive"] = PROGRESSIVE
         return hashlib.sha256(_as_json(facts).encode()).hexdigest()
 
 
+PROGRESSIVE = "observe, then advance"  # what that scheme does: rows of when it did something else are not its own
 LATER_SETTINGS = {  # that came after results were published, at the values that mean what was done before
     "weights": "rtn",
     "keep": "none",
@@ -164,6 +167,7 @@ ONLY_WITH: Mapping[
     "percentile": lambda recipe: recipe.ranges == "percentile",
     "observed_steps": lambda recipe: recipe.scheme == "static",
     "reduce": lambda recipe: recipe.scheme == "static",
+    "calib_batch": lambda recipe: recipe.reduce == "min-mean",
     "relax_bits": lambda recipe: recipe.relax != "none",
     "weight_samples": lambda recipe: recipe.weights != "rtn" or recipe.keep != "none",
     "weight_rounds": lambda recipe: recipe.weights != "rtn" or recipe.keep != "none",
