@@ -14,7 +14,8 @@ from typing import Any
 from pcr_export.errors import PcrExportError
 from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
 
-RANGES = ("mse", "minmax", "percentile")
+ESTIMATORS = ("mse", "minmax", "percentile")  # of ranges
+RANGES = (*ESTIMATORS, "auto")
 SCHEMES = ("progressive", "float-trajectory", "static")
 REDUCTIONS = ("pooled", "min-mean")
 WEIGHTS = ("rtn", "gptq", "adaround")
@@ -57,7 +58,7 @@ class Recipe:
     activation_bits: int = 8  # of every step; more than 8 are two digits, as on a relaxed step
     scheme: str = "progressive"  # how scales are found; the others are baselines
     ranges: str = "mse"
-    percentile: float = 99.99  # of each end, used by ranges="percentile"
+    percentile: float = 99.99  # of each end, used by ranges="percentile" and tried by "auto"
     affine: bool = True  # zero offsets where the graph can carry them
     observed_steps: str = "all"  # that scheme="static" sees: "all", "uniform:10" or "normal:64"
     reduce: str = "pooled"  # of scheme="static" over steps: "pooled" or ModelOpt's "min-mean"
@@ -164,7 +165,7 @@ IN_NO_STAGE = (
 ONLY_WITH: Mapping[
     str, Callable[[Recipe], bool]
 ] = {  # settings that nothing reads unless the recipe has a value that makes it read them
-    "percentile": lambda recipe: recipe.ranges == "percentile",
+    "percentile": lambda recipe: recipe.ranges in ("percentile", "auto"),
     "observed_steps": lambda recipe: recipe.scheme == "static",
     "reduce": lambda recipe: recipe.scheme == "static",
     "calib_batch": lambda recipe: recipe.reduce == "min-mean",

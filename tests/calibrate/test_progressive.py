@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from class_conditional import TIMESTEPS, class_conditional_denoiser
+from diffusers import StableDiffusionXLPipeline
+from models.tiny_pipelines import tiny_sdxl
 
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
@@ -13,7 +15,9 @@ from pcr_export.calibrate.state import CalibrationState
 from pcr_export.calibrate.weights.rounding import NEAREST_8
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import sample
+from pcr_export.models.pipelines import denoiser_from_pipeline
 from pcr_export.recipe import Recipe
+from pcr_export.step_scales import write_step_scales
 
 LABELS, SEEDS = [0, 1, 2, 3, 4, 0], [10, 11, 12, 13, 14, 15]
 FOUR_A_CALL = {"height": 128, "width": 128}  # of the recipe; the denoiser's pictures are smaller
@@ -196,3 +200,17 @@ def test_more_activation_bits_are_every_step_relaxed():
     wide, relaxed = run(activation_bits=10), run(relax="first:100%", relax_bits=10)
     assert (wide.bits == 10).all()
     np.testing.assert_array_equal(wide.scale, relaxed.scale)
+
+
+def test_a_pipelines_scales_depend_on_no_batch_size(tmp_path):
+    """A float product of few rows rounds otherwise than one of many, in the text encoders as well."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl(tmp_path / "model"))
+    denoiser = denoiser_from_pipeline(pipeline, num_inference_steps=3, guidance_scale=4.5, height=16, width=16)
+    prompts, seeds = [f"{number} cats" for number in range(6)], list(range(6))
+    layers = find_layers(denoiser, next(denoiser.walk(prompts[:2], seeds[:2])), ("conv_in", "conv_out"))
+    tables = set()
+    for size in (6, 3, 2):
+        scales = calibrate(denoiser, layers, prompts, seeds, recipe(num_inference_steps=3, calib_batch=size))
+        write_step_scales(scales, tmp_path / "step_scales.safetensors")
+        tables.add((tmp_path / "step_scales.safetensors").read_bytes())
+    assert len(tables) == 1
