@@ -88,7 +88,7 @@ def commands(work: Path) -> list[Command]:
     add_clip(source / "clip_vision")
     sampling = {"num_inference_steps": 3, "guidance_scale": 1.5, "height": 16, "width": 16}
     model, denoiser = load_model(replace(resolve(str(source)), **sampling)), class_conditional_denoiser()
-    size = {**sampling, "calib_batch": 2, "min_sqnr_db": 0.0}
+    size = {**sampling, "min_sqnr_db": 0.0}
     small = Job(
         denoiser=denoiser,
         recipe=Recipe(model="toy", **{**size, "num_inference_steps": 5}),

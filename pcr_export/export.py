@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pcr_export import __version__
+from pcr_export.calibrate.canonical_batches import prompts_per_call
 from pcr_export.calibrate.first_token import find_first_tokens
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.learn_weights import WeightLearning, learns_weights, weights_folder
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
+from pcr_export.calibrate.range_search import RangeSearch
 from pcr_export.calibrate.rewrite_network import rewrite_network, rewrites_network
 from pcr_export.calibrate.sensitive_layers import SensitivitySearch
 from pcr_export.calibrate.state import CalibrationState
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
 SENSITIVITY_PROMPTS = 32
 SKIP_PROMPTS = 8
+RANGE_PROMPTS = 16
+LEAST_RANGE_PROMPTS = 4  # also of large pictures: one prompt's final latents are chance
 SKIP_SAMPLES = 64  # UNet inputs over all steps: each block runs once for each of them and of its layers
 EXAMPLE_CONDITIONS = 2  # of the call that the network is traced with: a batch that may vary is larger than 1
 
@@ -78,7 +82,8 @@ def quantize_denoiser(job: Job) -> Exported:
     write_text(folder / "recipe.json", job.recipe.to_json())
     float_graph = job.float_graph or functools.cache(functools.partial(_trace, job, example))
     job, sensitivities = search_skipped_layers(_choose_first_token(job, example), example)
-    job, choice = search_relaxed_steps(replace(job, float_graph=float_graph))
+    job, ranges = search_ranges(replace(job, float_graph=float_graph), example)
+    job, choice = search_relaxed_steps(job)
     calibration_key = _calibration_key(job)
     if rewrites_network(job.recipe):
         rewritten = rewrite_network(job.denoiser, example, job.conditions, seeds, job.recipe, track=job.track)
@@ -115,7 +120,7 @@ def quantize_denoiser(job: Job) -> Exported:
         stages=stages,
         key=graph_key,
         weights=weights,
-        calibration=calibration,
+        calibration={**calibration, **ranges},
         relaxed=relaxed,
         sensitivities=sensitivities,
         graph=graph,
@@ -194,6 +199,30 @@ def search_skipped_layers(job: Job, example: Inputs) -> tuple[Job, dict[str, flo
     ).run()
     worst = sorted(errors, key=lambda layer: (-errors[layer], layer))[:count]
     return replace(job, recipe=replace(job.recipe, skip=(*patterns, *worst))), errors
+
+
+def search_ranges(job: Job, example: Inputs) -> tuple[Job, Facts]:
+    """The job with the estimator that was found in the place of "auto", and the facts of that choice; none for other jobs."""
+    recipe = job.recipe
+    if recipe.ranges != "auto":
+        return job, {}
+    conditions, seeds = job.measured_batch(RANGE_PROMPTS, LEAST_RANGE_PROMPTS)
+    if searched_mean_bits(recipe.relax, recipe.relax_bits) is not None:
+        recipe = replace(recipe, relax="none")
+    denoiser = rewrite_network(job.denoiser, example, conditions, seeds, recipe, track=job.track)
+    chosen = RangeSearch(
+        denoiser=denoiser,
+        layers=find_layers(denoiser, example, recipe.skip),
+        conditions=conditions,
+        seeds=seeds,
+        recipe=recipe,
+        folder=job.folder / ".stages" / "ranges",
+        key=_calibration_key(replace(job, recipe=recipe)),
+        resume=job.resume,
+        track=job.track,
+        log=job.log,
+    ).run()
+    return replace(job, recipe=replace(job.recipe, ranges=chosen["ranges"])), chosen
 
 
 def search_relaxed_steps(job: Job) -> tuple[Job, Facts]:
@@ -281,7 +310,7 @@ def _calibrate(job: Job, layers: list[Layer], rounding: RoundWeight, key: Key, p
     )
     write_step_scales(scales, path)
     state.clear()
-    batches = -(-len(job.conditions) // job.recipe.calib_batch)
+    batches = -(-len(job.conditions) // prompts_per_call(job.recipe))
     progressive = job.recipe.scheme == "progressive"
     return {
         "prompts": len(job.conditions),

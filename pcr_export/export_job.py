@@ -44,9 +44,9 @@ class Job:
         """One seed per condition."""
         return self.seeds or prompt_seeds([str(condition) for condition in self.conditions], self.recipe.seed)
 
-    def measured_batch(self, most: int) -> tuple[Sequence[Any], Sequence[int]]:
-        """The first conditions and their seeds: `most`, or as many as MEASURED_PIXELS allow."""
-        count = max(1, min(most, MEASURED_PIXELS // (self.recipe.height * self.recipe.width)))
+    def measured_batch(self, most: int, least: int = 1) -> tuple[Sequence[Any], Sequence[int]]:
+        """The first conditions and their seeds: `most`, or as many as MEASURED_PIXELS allow, but `least`."""
+        count = max(least, min(most, MEASURED_PIXELS // (self.recipe.height * self.recipe.width)))
         return self.conditions[:count], self.noise_seeds()[:count]
 
 

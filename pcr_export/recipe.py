@@ -14,7 +14,8 @@ from typing import Any
 from pcr_export.errors import PcrExportError
 from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
 
-RANGES = ("mse", "minmax", "percentile")
+ESTIMATORS = ("mse", "minmax", "percentile")  # of ranges
+RANGES = (*ESTIMATORS, "auto")
 SCHEMES = ("progressive", "float-trajectory", "static")
 REDUCTIONS = ("pooled", "min-mean")
 WEIGHTS = ("rtn", "gptq", "adaround")
@@ -57,7 +58,7 @@ class Recipe:
     activation_bits: int = 8  # of every step; more than 8 are two digits, as on a relaxed step
     scheme: str = "progressive"  # how scales are found; the others are baselines
     ranges: str = "mse"
-    percentile: float = 99.99  # of each end, used by ranges="percentile"
+    percentile: float = 99.99  # of each end, used by ranges="percentile" and tried by "auto"
     affine: bool = True  # zero offsets where the graph can carry them
     observed_steps: str = "all"  # that scheme="static" sees: "all", "uniform:10" or "normal:64"
     reduce: str = "pooled"  # of scheme="static" over steps: "pooled" or ModelOpt's "min-mean"
@@ -78,7 +79,7 @@ class Recipe:
         SKIPPED_BY_DEFAULT  # module path patterns (fnmatch) that stay float; "auto:4": four more, searched
     )
     calib_size: int = 64  # prompts
-    calib_batch: int = 64  # prompts per UNet call; calib_size <= calib_batch means one pass
+    calib_batch: int = 64  # prompts of a call that reduce="min-mean" averages over; nothing else depends on it
     seed: int = 0
     min_sqnr_db: float = 20.0  # validation fails where the artifact is further than this from its simulation in a step
 
@@ -139,9 +140,12 @@ class Recipe:
     def hash(self) -> str:
         """sha256 of the recipe's JSON, without later settings that change nothing: results of before they came keep their hash."""
         facts = {name: value for name, value in asdict(self).items() if LATER_SETTINGS.get(name, ...) != value}
+        if self.scheme == "progressive":
+            facts["progressive"] = PROGRESSIVE
         return hashlib.sha256(_as_json(facts).encode()).hexdigest()
 
 
+PROGRESSIVE = "observe, then advance"  # what that scheme does: rows of when it did something else are not its own
 LATER_SETTINGS = {  # that came after results were published, at the values that mean what was done before
     "weights": "rtn",
     "keep": "none",
@@ -161,9 +165,10 @@ IN_NO_STAGE = (
 ONLY_WITH: Mapping[
     str, Callable[[Recipe], bool]
 ] = {  # settings that nothing reads unless the recipe has a value that makes it read them
-    "percentile": lambda recipe: recipe.ranges == "percentile",
+    "percentile": lambda recipe: recipe.ranges in ("percentile", "auto"),
     "observed_steps": lambda recipe: recipe.scheme == "static",
     "reduce": lambda recipe: recipe.scheme == "static",
+    "calib_batch": lambda recipe: recipe.reduce == "min-mean",
     "relax_bits": lambda recipe: recipe.relax != "none",
     "weight_samples": lambda recipe: recipe.weights != "rtn" or recipe.keep != "none",
     "weight_rounds": lambda recipe: recipe.weights != "rtn" or recipe.keep != "none",

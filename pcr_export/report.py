@@ -134,6 +134,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{calibration['prompts']} prompts, {calibration['steps']} steps, {calibration['unet_batches']} UNet calls, "
             f"{calibration['seconds']:.0f} s, peak {calibration['peak_memory_bytes'] / 2**30:.1f} GiB",
         ),
+        *_range_rows(calibration),
         *_relaxed_rows(report["relaxed"]),
         *_weight_rows(report),
         ("UNet file", f"{graph['onnx_bytes'] / 2**20:.1f} MiB (float {graph['float_bytes'] / 2**20:.1f} MiB)"),
@@ -158,6 +159,13 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def build_commands(report: Mapping[str, Any]) -> list[str]:
     """The command lines that build the report's engines without this package."""
     return [engine["trtexec"] for engine in report["engines"] if "trtexec" in engine]
+
+
+def _range_rows(calibration: Facts) -> list[tuple[str, str]]:
+    if "range_sqnr_db" not in calibration:
+        return []
+    tried = ", ".join(f"{name} {_db(value)}" for name, value in calibration["range_sqnr_db"].items())
+    return [("ranges", f"{calibration['ranges']}; final latents of a few prompts: {tried}")]
 
 
 def _relaxed_rows(relaxed: Facts) -> list[tuple[str, str]]:

@@ -124,6 +124,11 @@ class ExportRequest:
             raise PcrExportError(f"--parts {self.parts} is unknown: choose one of {', '.join(PART_FORMS)}")
         if self.strip_encoders and self.parts != PART_FORMS[0]:
             raise PcrExportError(f"--parts {self.parts} needs the parts that --strip-encoders leaves out: choose one")
+        if self.calib_batch is not None and self.reduce != "min-mean":
+            raise PcrExportError(
+                f"--calib-batch {self.calib_batch} needs --reduce min-mean, which averages over calls: leave it out, "
+                "other scales depend on no batch size"
+            )
         if self.validate and self.images is not None and self.images < 2:
             raise PcrExportError(f"--images {self.images}: give 2 or more, or --no-validate")
 
@@ -176,7 +181,7 @@ class ExportRequest:
         own = "the model's own"
         sampling = ("name", "source", "num_inference_steps", "guidance_scale", "height", "width")
         rows = [(name, own if (value := getattr(entry, name)) is None else str(value)) for name in sampling]
-        asked = ("bits", "parts", "scheme", "ranges", "affine", "relax", "relax_bits", "calib_batch", "seed")
+        asked = ("bits", "parts", "scheme", "ranges", "affine", "relax", "relax_bits", "seed")
         rows += [(name, own if (value := getattr(self, name)) is None else str(value)) for name in asked]
         rows += [("lora", f"{lora.path} x {lora.scale:g}") for lora in entry.lora]
         return [

@@ -69,7 +69,10 @@ TABLE: dict[str, list[Change]] = {
     "lora": [Change((Lora(name="a.safetensors", sha256="0" * 64, scale=0.5),), ALL)],
     "skip": [Change(("conv_in", "conv_out", "time"), ALL)],
     "calib_size": [Change(32, NONE)],  # the prompts themselves are hashed
-    "calib_batch": [Change(2, ALL)],
+    "calib_batch": [
+        Change(2, NONE),
+        Change(2, ALL, {**STATIC, "ranges": "minmax", "affine": False, "reduce": "min-mean"}),
+    ],
     "seed": [Change(1, ALL)],
     "min_sqnr_db": [Change(19.0, NONE)],
 }

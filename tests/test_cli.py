@@ -135,6 +135,7 @@ def test_folder_without_a_pipeline(tmp_path, monkeypatch, capsys):
         ("--backend", "tensorrt-rtx", "name the GPUs, --target sm"),
         ("--lora", "nowhere.safetensors:0.5", "is no file: write FILE or FILE:SCALE"),
         ("--target", "sm89", "say --backend tensorrt-rtx"),
+        ("--calib-batch", "2", "needs --reduce min-mean"),
     ],
 )
 def test_bad_settings(option, value, expected, sdxl_folder, tmp_path, monkeypatch, capsys):
@@ -197,8 +198,6 @@ def command(source: Path, out: Path) -> list[str]:
         "6",
         "--calib-size",
         "16",
-        "--calib-batch",
-        "2",
         "--height",
         "16",
         "--width",

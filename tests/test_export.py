@@ -51,7 +51,7 @@ def test_report_says_what_was_done(exported):
     assert report == json.loads((folder / "report.json").read_text())
     assert report["format"] == 1
     assert report["calibration"]["prompts"] == 6
-    assert report["calibration"]["unet_batches"] == len(TIMESTEPS)
+    assert report["calibration"]["unet_batches"] == 2 * len(TIMESTEPS) - 1
     assert report["environment"]["onnxruntime"]
     rows = {row["name"]: row for row in report["sites"]}
     assert rows["conv_in"]["reason"] == "skipped by name (conv_in)"

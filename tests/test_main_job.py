@@ -41,7 +41,7 @@ def exported(tmp_path_factory):
 
 def test_report_holds_up(exported):
     report = json.loads((exported / "report.json").read_text())
-    assert report["calibration"] | {"prompts": 64, "steps": 20, "unet_batches": 20} == report["calibration"]
+    assert report["calibration"] | {"prompts": 64, "steps": 20, "unet_batches": 4 * 39} == report["calibration"]
     assert report["fidelity"]["artifact_vs_simulation_sqnr_db"] > 40
     quality = report["quality"]
     assert quality["n_images"] == 128

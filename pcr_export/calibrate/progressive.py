@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from pcr_export.calibrate.canonical_batches import canonical_batches
 from pcr_export.calibrate.float_trajectory import calibrate_from_float
-from pcr_export.calibrate.ranges import ActivationHistogram, Quantizer
+from pcr_export.calibrate.ranges import Quantizer
 from pcr_export.calibrate.simulate import QuantizeSites, Simulation
-from pcr_export.calibrate.site_observer import Calibration, Histograms, Observe, count_activations
+from pcr_export.calibrate.site_observer import Calibration, Histograms, Observe
 from pcr_export.calibrate.state import CalibrationState, CallRecord
 from pcr_export.calibrate.weights.rounding import NearestRounding, RoundWeight
 from pcr_export.models.denoiser import Denoiser, Inputs, Walk
@@ -37,14 +37,13 @@ def calibrate(
 ) -> StepScales:
     """Find the activation quantizers of every step and site, by `recipe.scheme`.
 
-    "progressive": step t is observed while every step before it ran quantized, weights included. Where all conditions fit one batch
-    (calib_size <= calib_batch) that takes one pass: each layer is observed on inputs whose upstream layers are already quantized, then
-    quantized, in the same forward: T calls. Otherwise each batch is observed, then advanced with the row found from all of them: 2T-1
-    calls per batch. "float-trajectory": per step, observed on the float model. "static": the same, one row for all steps, from
+    "progressive": step t is observed while every step before it ran quantized, weights included. At each step every batch is observed,
+    with quantized weights and float activations, then advanced with the row found from all of them: 2T-1 calls per batch.
+    "float-trajectory": per step, observed on the float model. "static": the same, one row for all steps, from
     `recipe.observed_steps` (see `observed_steps`).
 
     Args:
-        conditions, seeds: the calibration set; any length, one seed each.
+        conditions, seeds: the calibration set; any length, one seed each. `canonical_batches` cuts it into batches.
         round_weight: gives the integer weights; None: to nearest with recipe.weight_bits.
         state: where finished steps are kept and resumed from ("progressive" only).
         on_call: told the index and the inputs of each call of the trajectory, a batch each, before it is made ("progressive" only).
@@ -53,9 +52,7 @@ def calibrate(
         PcrExportError: an activation is NaN or infinite (the site is named), or the timesteps do not descend.
     """
     calibration = Calibration(denoiser, layers, recipe)
-    size = recipe.calib_batch
-    batches = [(conditions[i : i + size], seeds[i : i + size]) for i in range(0, len(conditions), size)]
-    walks = [denoiser.walk(*batch) for batch in batches]
+    walks = [denoiser.walk(*batch) for batch in canonical_batches(conditions, seeds, recipe)]
     if recipe.scheme == "progressive":
         with Simulation(denoiser, layers, round_weight or NearestRounding(recipe.weight_bits)) as simulation:
             return _progressive(calibration, simulation, walks, state, on_call, track)
@@ -83,7 +80,7 @@ def _progressive(
                 on_call(index, inputs)
             if index < len(records):
                 record = records[index]
-                advance(len(walks) * _calls_of(index, timesteps, len(walks)))
+                advance(len(walks) * _calls_of(index, timesteps))
             else:
                 record = _calibrate_call(calibration, simulation, inputs, rows.get(timestep), timestep, last, advance)
                 if state:
@@ -106,8 +103,6 @@ def _calibrate_call(
     """One call of the trajectory on every batch: find the step's row unless it has one, then run quantized."""
     step = calibration.timesteps.index(timestep)
     bits = calibration.bits[step]
-    if row is None and len(inputs) == 1:
-        return _observe_and_quantize(calibration, simulation, inputs[0], step, advance)
     if row is None:
         histograms: Histograms = {}
         for batch in inputs:
@@ -121,33 +116,11 @@ def _calibrate_call(
     return CallRecord(outputs, row)
 
 
-def _observe_and_quantize(
-    calibration: Calibration, simulation: Simulation, inputs: Inputs, step: int, advance: Advance
-) -> CallRecord:
-    """One pass: every site is observed behind already quantized layers, then quantized, in one forward."""
-    row: dict[str, Quantizer] = {}
-    bits = calibration.bits[step]
-
-    def visit(site: str, x: Tensor) -> tuple[Tensor, float]:
-        if site not in row:
-            histogram = ActivationHistogram()
-            count_activations(histogram, site, step, x)
-            row[site] = calibration.find(site, histogram, bits)
-        return QuantizeSites(row, bits)(site, x)
-
-    output = simulation.run(inputs, visit)
-    advance(1)
-    return CallRecord([output], {site: row[site] for site in calibration.affine})
-
-
 def num_unet_calls(timesteps: Sequence[float], num_batches: int) -> int:
-    """Denoiser calls of a progressive calibration: T in one pass, at most 2T-1 per batch otherwise."""
-    return num_batches * sum(_calls_of(index, timesteps, num_batches) for index in range(len(timesteps)))
+    """Denoiser calls of a progressive calibration: 2T-1 per batch, fewer where a timestep comes twice."""
+    return num_batches * sum(_calls_of(index, timesteps) for index in range(len(timesteps)))
 
 
-def _calls_of(index: int, timesteps: Sequence[float], num_batches: int) -> int:
+def _calls_of(index: int, timesteps: Sequence[float]) -> int:
     """Calls per batch at call `index`: observe where the timestep is new, advance unless it is the last."""
-    new = timesteps[index] not in timesteps[:index]
-    if num_batches == 1 and new:
-        return 1
-    return int(new) + int(index < len(timesteps) - 1)
+    return int(timesteps[index] not in timesteps[:index]) + int(index < len(timesteps) - 1)

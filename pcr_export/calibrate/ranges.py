@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pcr_export.recipe import ESTIMATORS
 from pcr_export.step_scales import ZERO_POINT_SYMMETRIC
 
 NUM_BINS = 1 << 16
@@ -138,6 +139,8 @@ def find_quantizer(
     histogram: ActivationHistogram, *, ranges: str, affine: bool, bits: int = 8, percentile: float = 99.99
 ) -> Quantizer:
     """The quantizer that the estimator `ranges` ("mse", "minmax", "percentile") gives for a histogram."""
+    if ranges not in ESTIMATORS:
+        raise ValueError(f"{ranges} is no range estimator")
     if ranges == "mse":
         return mse_quantizer(histogram, affine=affine, bits=bits)
     low, high = minmax_range(histogram) if ranges == "minmax" else percentile_range(histogram, percentile)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pcr_export.calibrate.canonical_batches import prompts_per_call
 from pcr_export.calibrate.first_token import split_first_tokens
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.smooth_quant import channel_peaks, smooth_linears
@@ -50,6 +51,6 @@ def rewrite_network(
         split_shortcuts(rewritten, example, find_layers(rewritten, example, recipe.skip))
     if recipe.smooth_quant is not None:
         layers = find_layers(rewritten, example, recipe.skip)
-        peaks = channel_peaks(rewritten, layers, conditions, seeds, recipe.calib_batch, track)
+        peaks = channel_peaks(rewritten, layers, conditions, seeds, prompts_per_call(recipe), track)
         smooth_linears(rewritten, layers, peaks, recipe.smooth_quant)
     return rewritten

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from class_conditional import TIMESTEPS, class_conditional_denoiser
+from diffusers import StableDiffusionXLPipeline
+from models.tiny_pipelines import tiny_sdxl
 
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
@@ -13,13 +15,17 @@ from pcr_export.calibrate.state import CalibrationState
 from pcr_export.calibrate.weights.rounding import NEAREST_8
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import sample
+from pcr_export.models.pipelines import denoiser_from_pipeline
 from pcr_export.recipe import Recipe
+from pcr_export.step_scales import write_step_scales
 
 LABELS, SEEDS = [0, 1, 2, 3, 4, 0], [10, 11, 12, 13, 14, 15]
+FOUR_A_CALL = {"height": 128, "width": 128}  # of the recipe; the denoiser's pictures are smaller
 
 
 def recipe(**changes):
-    return Recipe(model="toy", num_inference_steps=5, guidance_scale=1.0, height=16, width=16, **changes)
+    size = {"height": 16, "width": 16}
+    return Recipe(**{"model": "toy", "num_inference_steps": 5, "guidance_scale": 1.0, **size, **changes})
 
 
 def run(denoiser=None, labels=LABELS, seeds=SEEDS, state=None, **changes):
@@ -35,28 +41,21 @@ def count_calls(denoiser):
     return sizes
 
 
-def test_one_pass_takes_exactly_t_calls():
+@pytest.mark.parametrize(("size", "batches"), [({}, [6]), (FOUR_A_CALL, [4, 2])])
+def test_each_batch_takes_2t_minus_1_calls(size, batches):
     denoiser = class_conditional_denoiser()
     layers = find_layers(denoiser, next(denoiser.walk(LABELS, SEEDS)), ())
     sizes = count_calls(denoiser)
-    calibrate(denoiser, layers, LABELS, SEEDS, recipe())
-    assert sizes == [6] * len(TIMESTEPS)
+    calibrate(denoiser, layers, LABELS, SEEDS, recipe(**size))
+    assert sizes == batches * (2 * len(TIMESTEPS) - 1)
 
 
-def test_several_batches_take_2t_minus_1_calls_each():
-    denoiser = class_conditional_denoiser()
-    layers = find_layers(denoiser, next(denoiser.walk(LABELS, SEEDS)), ())
-    sizes = count_calls(denoiser)
-    calibrate(denoiser, layers, LABELS, SEEDS, recipe(calib_batch=2))
-    assert sizes == [2] * 3 * (2 * len(TIMESTEPS) - 1)
-
-
-@pytest.mark.parametrize("batch", [2, 6])
-def test_step_t_is_observed_behind_quantized_steps(batch):
+@pytest.mark.parametrize("size", [{}, FOUR_A_CALL])
+def test_step_t_is_observed_behind_quantized_steps(size):
     """The row of every step holds the min-max of a trajectory whose earlier steps ran with the rows before it."""
     denoiser = class_conditional_denoiser()
     layers = find_layers(denoiser, next(denoiser.walk(LABELS, SEEDS)), ("conv_in", "conv_out"))
-    scales = calibrate(denoiser, layers, LABELS, SEEDS, recipe(ranges="minmax", calib_batch=batch, affine=False))
+    scales = calibrate(denoiser, layers, LABELS, SEEDS, recipe(ranges="minmax", affine=False, **size))
     walk = denoiser.walk(LABELS, SEEDS)
     inputs = next(walk)
     with Simulation(denoiser, layers, NEAREST_8) as simulation:
@@ -65,9 +64,9 @@ def test_step_t_is_observed_behind_quantized_steps(batch):
             histograms = {site: ActivationHistogram() for site in scales.sites}
             quantize = QuantizeSites(quantizers, 8)
 
-            def visit(site, x, histograms=histograms, quantize=quantize):
+            def visit(site, x, histograms=histograms):
                 histograms[site].update(x)
-                return quantize(site, x) if batch == 6 else (x, 1.0)  # one pass: the layers upstream are quantized too
+                return x, 1.0  # the layers upstream have integer weights and float activations
 
             simulation.run(inputs, visit)
             for site, histogram in histograms.items():
@@ -79,9 +78,17 @@ def test_step_t_is_observed_behind_quantized_steps(batch):
                 inputs = walk.send(simulation.run(inputs, quantize))
 
 
-def test_batch_size_and_order_change_nothing_but_rounding():
-    reference = run(calib_batch=3)
-    other = run(labels=LABELS[::-1], seeds=SEEDS[::-1], calib_batch=2)
+@pytest.mark.parametrize("scheme", ["progressive", "float-trajectory", "static"])
+def test_one_two_and_three_batches_give_the_same_bytes(scheme):
+    whole, *others = [run(scheme=scheme, calib_batch=size) for size in (6, 3, 2)]
+    for other in others:
+        assert other.scale.tobytes() == whole.scale.tobytes()
+        assert other.zero_point.tobytes() == whole.zero_point.tobytes()
+
+
+def test_order_changes_nothing_but_rounding():
+    reference = run(**FOUR_A_CALL)
+    other = run(labels=LABELS[::-1], seeds=SEEDS[::-1], **FOUR_A_CALL)
     np.testing.assert_allclose(
         other.scale, reference.scale, rtol=0.05
     )  # a rounding flip moves the search by a candidate or two
@@ -94,18 +101,18 @@ def test_same_input_same_table():
     assert first.zero_point.tobytes() == second.zero_point.tobytes()
 
 
-@pytest.mark.parametrize("batch", [2, 6])
+@pytest.mark.parametrize("size", [{}, FOUR_A_CALL])
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_a_stopped_calibration_goes_on_with_the_same_bytes(tmp_path, stop_after, batch):
-    whole = run(calib_batch=batch)
-    run(state=CalibrationState(tmp_path, "key"), calib_batch=batch)
+def test_a_stopped_calibration_goes_on_with_the_same_bytes(tmp_path, stop_after, size):
+    whole = run(**size)
+    run(state=CalibrationState(tmp_path, "key"), **size)
     for record in sorted(tmp_path.iterdir())[stop_after:]:
         record.unlink()
     denoiser = class_conditional_denoiser()
     sizes = count_calls(denoiser)
-    resumed = run(denoiser, state=CalibrationState(tmp_path, "key"), calib_batch=batch)
+    resumed = run(denoiser, state=CalibrationState(tmp_path, "key"), **size)
     assert resumed.scale.tobytes() == whole.scale.tobytes()
-    per_step = 1 if batch == 6 else 6
+    per_step = 4 if size else 2
     assert len(sizes) <= 1 + per_step * (5 - stop_after)  # one call finds the layers
 
 
@@ -114,7 +121,7 @@ def test_state_of_another_key_is_not_used(tmp_path):
     denoiser = class_conditional_denoiser()
     sizes = count_calls(denoiser)
     run(denoiser, state=CalibrationState(tmp_path, "two"))
-    assert len(sizes) == 1 + len(TIMESTEPS)
+    assert len(sizes) == 1 + 2 * len(TIMESTEPS) - 1
 
 
 def test_damaged_state_is_named(tmp_path):
@@ -140,7 +147,7 @@ def test_float_trajectory_differs_from_progressive():
 
 def test_first_step_sees_the_same_noise_in_both_schemes():
     """In the first step the schemes differ only by the weights: ranges are close, later ones need not be."""
-    progressive, floating = run(calib_batch=2, ranges="minmax"), run(scheme="float-trajectory", ranges="minmax")
+    progressive, floating = run(ranges="minmax"), run(scheme="float-trajectory", ranges="minmax")
     np.testing.assert_allclose(progressive.scale[0], floating.scale[0], rtol=0.1)
 
 
@@ -165,7 +172,7 @@ def test_overflowing_activations_name_the_site():
 def test_a_repeated_timestep_is_observed_once():
     """PNDM calls one timestep twice: T + 1 calls, T rows."""
     timesteps = (3.0, 2.0, 2.0, 1.0)
-    assert num_unet_calls(timesteps, 1) == 4
+    assert num_unet_calls(timesteps, 1) == 2 + 2 + 1 + 1
     assert num_unet_calls(timesteps, 5) == 5 * (2 + 2 + 1 + 1)
     denoiser = class_conditional_denoiser()
 
@@ -178,9 +185,9 @@ def test_a_repeated_timestep_is_observed_once():
 
     repeating = dataclasses.replace(denoiser, walk=walk, timesteps=timesteps)
     sizes = count_calls(repeating)
-    scales = run(repeating, calib_batch=2)
+    scales = run(repeating, **FOUR_A_CALL)
     assert scales.timesteps.tolist() == [3.0, 2.0, 1.0]
-    assert len(sizes) == 1 + num_unet_calls(timesteps, 3)
+    assert len(sizes) == 1 + num_unet_calls(timesteps, 2)
 
 
 def test_rising_timesteps_are_refused():
@@ -193,3 +200,17 @@ def test_more_activation_bits_are_every_step_relaxed():
     wide, relaxed = run(activation_bits=10), run(relax="first:100%", relax_bits=10)
     assert (wide.bits == 10).all()
     np.testing.assert_array_equal(wide.scale, relaxed.scale)
+
+
+def test_a_pipelines_scales_depend_on_no_batch_size(tmp_path):
+    """A float product of few rows rounds otherwise than one of many, in the text encoders as well."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl(tmp_path / "model"))
+    denoiser = denoiser_from_pipeline(pipeline, num_inference_steps=3, guidance_scale=4.5, height=16, width=16)
+    prompts, seeds = [f"{number} cats" for number in range(6)], list(range(6))
+    layers = find_layers(denoiser, next(denoiser.walk(prompts[:2], seeds[:2])), ("conv_in", "conv_out"))
+    tables = set()
+    for size in (6, 3, 2):
+        scales = calibrate(denoiser, layers, prompts, seeds, recipe(num_inference_steps=3, calib_batch=size))
+        write_step_scales(scales, tmp_path / "step_scales.safetensors")
+        tables.add((tmp_path / "step_scales.safetensors").read_bytes())
+    assert len(tables) == 1
