@@ -14,7 +14,6 @@ from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size
 from pcr_export.models.denoiser import sample
 from pcr_export.models.load import LoadedModel
 from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
-from pcr_export.models.pipelines import Pipeline
 from pcr_export.qdiffbench.images import to_uint8
 from pcr_export.recipe import read_recipe
 

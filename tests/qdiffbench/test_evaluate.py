@@ -60,7 +60,9 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def test_what_is_written_and_what_a_second_run_keeps(evaluation):
-    with pytest.warns(PromptWarning, match=r"1 of 6 prompts of .* are longer than 16 tokens.* number \d .*'a boat on") as cut:
+    with pytest.warns(
+        PromptWarning, match=r"1 of 6 prompts of .* are longer than 16 tokens.* number \d .*'a boat on"
+    ) as cut:
         result, _ = judge(evaluation)
     assert len([warning for warning in cut if warning.category is PromptWarning]) == 2
     folder = evaluation.folder
