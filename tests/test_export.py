@@ -205,7 +205,9 @@ def test_a_search_is_done_once_for_every_mean(searched):
     denoiser.network.register_forward_hook(lambda *_: calls.append(1))
     assert export_unchecked(folder, "auto:8.8", denoiser)["relaxed"] == report["relaxed"]
     assert len(calls) == 1  # finds the layers
-    tried, *_ = try_denoiser(job(folder, relax="last:20%", first_token="together"))  # as an export finds it for this network
+    tried, *_ = try_denoiser(
+        job(folder, relax="last:20%", first_token="together")
+    )  # as an export finds it for this network
     kept = relax_search(tried)
     (most,) = choose_steps(kept.sensitivity(), 8.4)
     assert export_unchecked(folder, "auto:8.4")["relaxed"]["steps"] == [most]
