@@ -8,11 +8,13 @@ from typing import Any
 __version__ = "0.1.0"
 _HOMES = {
     "Denoiser": "models.denoiser",
+    "DenoiserEvaluation": "qdiffbench.evaluate_denoiser",
     "Job": "export",
     "PcrExportError": "errors",
     "PromptWarning": "errors",
     "Recipe": "recipe",
     "ScheduleWarning": "errors",
+    "evaluate_denoiser": "qdiffbench.evaluate_denoiser",
     "export_denoiser": "export",
     "load_pipeline": "deploy.pipeline",
 }

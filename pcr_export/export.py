@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import resource
 import time
 from collections.abc import Callable
@@ -16,7 +14,7 @@ import torch
 from pcr_export import __version__
 from pcr_export.calibrate.canonical_batches import prompts_per_call
 from pcr_export.calibrate.first_token import find_first_tokens
-from pcr_export.calibrate.layers import find_layers
+from pcr_export.calibrate.layers import check_skip, find_layers, skip_warnings
 from pcr_export.calibrate.learn_weights import WeightLearning, learns_weights, weights_folder
 from pcr_export.calibrate.progressive import calibrate, num_unet_calls
 from pcr_export.calibrate.range_search import RangeSearch
@@ -30,13 +28,15 @@ from pcr_export.engines.flavours import gpu_target
 from pcr_export.errors import PcrExportError
 from pcr_export.export_engines import EngineJob, check_engines, make_engines, measure_on_gpu
 from pcr_export.export_job import Exported, Job
+from pcr_export.export_trial import lazy_float_graph, try_denoiser, try_tracing
 from pcr_export.export_validation import validate_artifact
 from pcr_export.folder_lock import hold_folder
 from pcr_export.graph.quantize import quantize_onnx
-from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.graph.weight_file import onnx_files
 from pcr_export.manifest import write_manifest
+from pcr_export.models.check_denoiser import EXAMPLE_CONDITIONS, check_timesteps
 from pcr_export.models.denoiser import Inputs
+from pcr_export.models.hash_weights import hash_weights
 from pcr_export.qdiffbench.relax_search import RelaxSearch
 from pcr_export.recipe import recipe_key, split_skip
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
@@ -53,7 +53,6 @@ SKIP_PROMPTS = 8
 RANGE_PROMPTS = 16
 LEAST_RANGE_PROMPTS = 4  # also of large pictures: one prompt's final latents are chance
 SKIP_SAMPLES = 64  # UNet inputs over all steps: each block runs once for each of them and of its layers
-EXAMPLE_CONDITIONS = 2  # of the call that the network is traced with: a batch that may vary is larger than 1
 
 
 def export_denoiser(job: Job) -> dict[str, Any]:
@@ -63,6 +62,8 @@ def export_denoiser(job: Job) -> dict[str, Any]:
     simulation than the recipe allows; what was computed stays.
     """
     check_engines(job.engines)  # before a folder is made
+    check_skip(job.denoiser.network, job.recipe.skip)
+    check_timesteps(job.denoiser, job.recipe.num_inference_steps)
     with hold_folder(job.folder):
         exported = quantize_denoiser(job)
         validation = validate_artifact(job, exported) if job.validate else {}
@@ -75,21 +76,26 @@ def quantize_denoiser(job: Job) -> Exported:
     """Calibrate and write step_scales.safetensors, recipe.json and unet/model.onnx; search the relaxed steps where they are to be."""
     folder, stages = job.folder, Stages(job.folder / ".stages", resume=job.resume, log=job.log)
     make_folder(folder)
+    job, example, seen = try_denoiser(job)
     seeds = job.noise_seeds()
-    example = next(job.denoiser.walk([job.conditions[0]] * EXAMPLE_CONDITIONS, [seeds[0]] * EXAMPLE_CONDITIONS))
     axes = _engine_axes(job, example)
     scales_path, graph_path = folder / "step_scales.safetensors", folder / "unet" / "model.onnx"
     write_text(folder / "recipe.json", job.recipe.to_json())
-    float_graph = job.float_graph or functools.cache(functools.partial(_trace, job, example))
-    job, sensitivities = search_skipped_layers(_choose_first_token(job, example), example)
+    job = _choose_first_token(job, example)
+    rewrites = rewrites_network(job.recipe)
+    float_graph = lazy_float_graph(job, example) if rewrites else try_tracing(job, example, stages)
+    job, sensitivities = search_skipped_layers(job, example)
     job, ranges = search_ranges(replace(job, float_graph=float_graph), example)
     job, choice = search_relaxed_steps(job)
     calibration_key = _calibration_key(job)
-    if rewrites_network(job.recipe):
+    if rewrites:
         rewritten = rewrite_network(job.denoiser, example, job.conditions, seeds, job.recipe, track=job.track)
-        job = replace(job, denoiser=rewritten)
-        float_graph = functools.cache(functools.partial(_trace, job, example))
-    layers = find_layers(job.denoiser, example, job.recipe.skip)
+        job = replace(job, denoiser=rewritten, float_graph=None)
+        float_graph = try_tracing(job, example, stages)
+    layers = find_layers(job.denoiser, example, job.recipe.skip, None if rewrites else seen)
+    warnings = skip_warnings(layers, job.recipe.skip)
+    for line in warnings:
+        job.log(line)
     rounding, weights = _round_weights(job, layers)
     calibration = stages.run(
         "calibrate",
@@ -126,6 +132,7 @@ def quantize_denoiser(job: Job) -> Exported:
         graph=graph,
         engines=engines,
         float_graph=float_graph,
+        warnings=warnings,
     )
 
 
@@ -323,13 +330,6 @@ def _calibrate(job: Job, layers: list[Layer], rounding: RoundWeight, key: Key, p
     }
 
 
-def _trace(job: Job, example: Inputs) -> ir.Model:
-    with job.track("tracing the float graph", 1) as advance:
-        model = trace_float_onnx(job.denoiser, example)
-        advance(1)
-    return model
-
-
 def _quantize(
     job: Job,
     layers: list[Layer],
@@ -359,6 +359,7 @@ def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
         parts=exported.parts,
         engines=[*validation.get("engines", []), *exported.engines],
         validation=validation,
+        warnings=exported.warnings,
     )
     write_json(job.folder / "report.json", report)
     worst = [value for value in (report["fidelity"] or {}).get("per_step", []) if value is not None]
@@ -383,13 +384,3 @@ def make_folder(folder: Path) -> None:
         raise PcrExportError(
             f"--out: {folder} can't be written to ({error.strerror}): choose another folder"
         ) from error
-
-
-def hash_weights(*modules: torch.nn.Module) -> str:
-    """sha256 of the modules' parameters and buffers with their names."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

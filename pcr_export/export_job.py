@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,15 @@ class Job:
     track: Track = silent
     log: Callable[[str], None] = field(default=lambda _line: None)
 
+    def within_calib_size(self) -> Job:
+        """The job with recipe.calib_size of its conditions, drawn as prompts are; all, in their order, where there are no more."""
+        size, seeds = self.recipe.calib_size, self.noise_seeds()
+        if len(self.conditions) <= size or len(seeds) != len(self.conditions):
+            return self
+        self.log(f"calibrating on {size} of {len(self.conditions)} conditions (calib_size)")
+        chosen = random.Random(self.recipe.seed).sample(range(len(self.conditions)), size)
+        return replace(self, conditions=[self.conditions[i] for i in chosen], seeds=[seeds[i] for i in chosen])
+
     def noise_seeds(self) -> Sequence[int]:
         """One seed per condition."""
         return self.seeds or prompt_seeds([str(condition) for condition in self.conditions], self.recipe.seed)
@@ -66,6 +76,7 @@ class Exported:
     graph: Facts
     engines: list[Facts]  # of TensorRT
     float_graph: Callable[[], ir.Model]  # traced where it is first needed
+    warnings: list[str]  # of what may not be as it was meant
     parts: Facts = field(
         default_factory=dict
     )  # by text encoder and half of the VAE, where their weights are stored smaller

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from pcr_export.calibrate.layers import check_skip
 from pcr_export.deploy.folder import unet_files, write_pipeline_folder, write_unet_folder, written_files
 from pcr_export.deploy.smaller_parts import part_inputs, shrink_parts
 from pcr_export.deploy.triton_repository import REPOSITORY, write_triton_repository
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
-from pcr_export.export import finish, hash_weights, make_folder, quantize_denoiser
+from pcr_export.export import finish, make_folder, quantize_denoiser
 from pcr_export.export_engines import check_engines
 from pcr_export.export_job import Exported, Job
 from pcr_export.export_validation import validate_artifact
@@ -24,6 +25,7 @@ from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
 from pcr_export.models.catalog import read_json
 from pcr_export.models.denoiser import Inputs, sample
+from pcr_export.models.hash_weights import hash_weights
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
 from pcr_export.progress import Track
@@ -64,6 +66,7 @@ def export_pipeline(
     check_engines(job.engines)  # before a folder is made
     if job.validate:
         warn_of_cut_prompts(tokenizers_of(model.pipeline), eval_prompts, "validation prompts")
+    check_skip(job.denoiser.network, job.recipe.skip)
     with hold_folder(job.folder):
         return _export_pipeline(job, model, eval_prompts, parts)
 

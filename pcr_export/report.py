@@ -96,6 +96,7 @@ def make_report(
     parts: Facts,
     engines: Sequence[Facts],
     validation: Facts,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The whole report. `validation` is empty where validation was not asked for."""
     fidelity = dict(validation.get("fidelity", {}))
@@ -119,6 +120,7 @@ def make_report(
         "engines": list(engines),
         "fidelity": fidelity or None,
         "quality": validation.get("quality"),
+        "warnings": list(warnings),
     }
 
 
@@ -153,7 +155,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     if report["quality"]:
         rows.extend(_quality_rows(report["quality"]))
-    return rows
+    return [*rows, *(("warning", line) for line in report.get("warnings", ()))]
 
 
 def build_commands(report: Mapping[str, Any]) -> list[str]:

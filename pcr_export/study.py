@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pcr_export import __version__
-from pcr_export.export import EXAMPLE_CONDITIONS, hash_weights, quantize_denoiser
+from pcr_export.export import quantize_denoiser
 from pcr_export.export_job import Exported
 from pcr_export.export_pipeline import pipeline_job
 from pcr_export.graph.to_onnx import trace_float_onnx
+from pcr_export.models.check_denoiser import EXAMPLE_CONDITIONS
+from pcr_export.models.hash_weights import hash_weights
 from pcr_export.models.load import LoadedModel
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds

@@ -14,6 +14,7 @@ from pcr_export.deploy.inspect_folder import inspect_folder
 from pcr_export.deploy.verify import verify_folder
 from pcr_export.errors import PcrExportError
 from pcr_export.export import relax_search
+from pcr_export.export_trial import try_denoiser
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.progress import silent
 from pcr_export.qdiffbench.sensitivity import choose_steps
@@ -71,7 +72,11 @@ def test_folder_passes_its_verification_and_shows_its_scales(exported):
     assert checks[2][1].startswith("none is stored")
     facts = inspect_folder(folder)
     assert facts["pipeline"] is None
-    assert facts["float"] == {"skipped by name (conv_in)": ["conv_in"], "skipped by name (conv_out)": ["conv_out"]}
+    assert facts["float"] == {
+        "skipped by name (conv_in)": ["conv_in"],
+        "skipped by name (conv_out)": ["conv_out"],
+        "Embedding is not quantized": ["embed"],
+    }
     assert sum(group["sites"] for group in facts["scales"]["groups"]) == facts["weights"]["sites"]
     assert facts["layers"] == report["sites"]
 
@@ -149,7 +154,7 @@ def test_the_layers_that_8_bits_hurt_most_stay_float(tmp_path, exported):
     errors = {name: row["sensitivity"] for name, row in rows.items() if row["sensitivity"] is not None}
     worst = sorted(errors, key=errors.get)[-2:]
     floats = [name for name, row in rows.items() if not row["quantized"]]
-    assert set(floats) == {"conv_in", *worst}
+    assert set(floats) == {"conv_in", "embed", *worst}
     assert rows[worst[0]]["reason"] == f"skipped by name ({worst[0]})"
     assert set(read_step_scales(tmp_path / "step_scales.safetensors").layers) == set(rows) - set(floats)
     assert report["recipe"]["skip"] == ["conv_in", "auto:2"]
@@ -200,7 +205,10 @@ def test_a_search_is_done_once_for_every_mean(searched):
     denoiser.network.register_forward_hook(lambda *_: calls.append(1))
     assert export_unchecked(folder, "auto:8.8", denoiser)["relaxed"] == report["relaxed"]
     assert len(calls) == 1  # finds the layers
-    kept = relax_search(job(folder, relax="last:20%", first_token="together"))  # as an export finds it for this network
+    tried, *_ = try_denoiser(
+        job(folder, relax="last:20%", first_token="together")
+    )  # as an export finds it for this network
+    kept = relax_search(tried)
     (most,) = choose_steps(kept.sensitivity(), 8.4)
     assert export_unchecked(folder, "auto:8.4")["relaxed"]["steps"] == [most]
     assert export_unchecked(folder, "auto:8")["relaxed"]["steps"] == []

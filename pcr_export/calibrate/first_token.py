@@ -8,6 +8,7 @@ these layers, for every token by what lies in it, so that nothing depends on whe
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcr_export.calibrate.layer_inputs import on_input
 from pcr_export.calibrate.layers import find_layers
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs
@@ -53,9 +55,9 @@ class ApartLinear(nn.Module):
         self.image: Tensor
         self.register_buffer("image", linear.weight.detach() @ direction.u)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [batch, tokens, width]."""
-        rest, p = self.direction.split(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 [batch, tokens, width]; named as Linear's, so that it is called as that was."""
+        rest, p = self.direction.split(input)
         output: Tensor = self.rest(rest) + p * self.image
         return output
 
@@ -83,9 +85,7 @@ def find_first_tokens(denoiser: Denoiser, inputs: Inputs, skip: Sequence[str]) -
             found[layer.name] = (str(layer.site), total / total.norm())
 
     handles = [
-        denoiser.network.get_submodule(layer.name).register_forward_pre_hook(
-            lambda _module, args, layer=layer: visit(layer, args[0])
-        )
+        on_input(denoiser.network.get_submodule(layer.name), functools.partial(visit, layer))
         for layer in find_layers(denoiser, inputs, skip)
         if layer.site is not None and layer.op == "Linear"
     ]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcr_export.calibrate.layer_inputs import on_input
 from pcr_export.calibrate.ranges import quantize_dequantize, quantizer_from_range
 from pcr_export.calibrate.weights.block import Block, read_block
 from pcr_export.calibrate.weights.block_inputs import BlockRecorder, find_blocks
@@ -113,11 +114,11 @@ def layer_errors(
 def _input_on_a_grid(module: nn.Module, affine: bool) -> Iterator[None]:
     """The module reads its input rounded to the finest 8-bit grid that holds all of it."""
 
-    def quantize(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        grid = quantizer_from_range(args[0].min().item(), args[0].max().item(), affine=affine)
-        return quantize_dequantize(args[0], grid.scale, grid.zero_point), *args[1:]
+    def quantize(x: Tensor) -> Tensor:
+        grid = quantizer_from_range(x.min().item(), x.max().item(), affine=affine)
+        return quantize_dequantize(x, grid.scale, grid.zero_point)
 
-    handle = module.register_forward_pre_hook(quantize)
+    handle = on_input(module, quantize)
     try:
         yield
     finally:

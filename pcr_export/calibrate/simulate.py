@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from pcr_export.calibrate.layer_inputs import on_input
 from pcr_export.calibrate.ranges import Quantizer, quantize
 from pcr_export.calibrate.weights.rounding import RoundWeight
 from pcr_export.models.denoiser import Denoiser, Inputs
@@ -22,27 +23,30 @@ Visit = Callable[[str, Tensor], tuple[Tensor, float]]  # (site, activation) -> (
 
 
 class _Layer:
-    """One layer of the simulation: its integer weight in place, its float weight and bias set aside."""
+    """One layer of the simulation: its integer weight in place, its float weight and bias set aside.
+
+    The parameter itself is exchanged, not its data: another module may have the same one.
+    """
 
     def __init__(self, name: str, site: str, module: nn.Module, round_weight: RoundWeight | None, visit: Visit) -> None:
         self._module, self._site, self._visit = module, site, visit
-        self._weight = module.get_parameter("weight").data
+        self._weight = module.get_parameter("weight")
         self._bias = module._parameters["bias"]
         self._unit = 1.0
-        integers, self._weight_scale = _rounded(name, self._weight, round_weight)
-        module.get_parameter("weight").data = integers
+        integers, self._weight_scale = _rounded(name, self._weight.data, round_weight)
+        module._parameters["weight"] = nn.Parameter(integers, requires_grad=False)
         module._parameters["bias"] = None
-        self._handles = [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)]
+        self._handles = [on_input(module, self._before), module.register_forward_hook(self._after)]
 
     def restore(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._module.get_parameter("weight").data = self._weight
+        self._module._parameters["weight"] = self._weight
         self._module._parameters["bias"] = self._bias
 
-    def _before(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, self._unit = self._visit(self._site, args[0])
-        return (x, *args[1:])
+    def _before(self, given: Tensor) -> Tensor:
+        x, self._unit = self._visit(self._site, given)
+        return x
 
     def _after(self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         shape = (1, -1, 1, 1) if isinstance(self._module, nn.Conv2d) else (-1,)
@@ -64,14 +68,21 @@ class Simulation:
         self._layers: list[_Layer] = []
 
     def __enter__(self) -> Simulation:
-        for name, site in self._names.items():
-            module = self._denoiser.network.get_submodule(name)
-            self._layers.append(_Layer(name, site, module, self._round_weight, lambda *args: self._visit(*args)))
+        try:
+            for name, site in self._names.items():
+                module = self._denoiser.network.get_submodule(name)
+                self._layers.append(_Layer(name, site, module, self._round_weight, lambda *args: self._visit(*args)))
+        except BaseException:  # which `with` would leave as it is
+            self._restore()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for layer in self._layers:
             layer.restore()
         self._layers = []

@@ -28,9 +28,9 @@ class SmoothedLinear(nn.Module):
         self.inverse: Tensor
         self.register_buffer("inverse", scale.reciprocal())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., in_features]."""
-        output: Tensor = self.linear(x * self.inverse)
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 [..., in_features]; named as Linear's, so that it is called as that was."""
+        output: Tensor = self.linear(input * self.inverse)
         return output
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pcr_export.calibrate.layer_inputs import on_input
 from pcr_export.models.denoiser import Denoiser, Inputs
 from pcr_export.sites import Layer
+
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
 class SplitConv(nn.Module):
@@ -25,9 +29,9 @@ class SplitConv(nn.Module):
             half.weight = nn.Parameter(weight.detach().clone())
         self.deep.bias = conv.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [batch, channels, height, width]."""
-        deep, shortcut = x.split(self.sizes, dim=1)
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 [batch, channels, height, width]; named as Conv2d's, so that it is called as that was."""
+        deep, shortcut = input.split(self.sizes, dim=1)
         output: Tensor = self.deep(deep) + self.shortcut(shortcut)
         return output
 
@@ -59,9 +63,10 @@ class _NoteConcats(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is torch.cat:
-            parts, axis = args[0], args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)
-            if len(parts) == 2 and axis == 1 and output.ndim == 4:
+        if func in CONCATENATIONS:
+            named = {**dict(zip(("tensors", "dim"), args, strict=False)), **(kwargs or {})}
+            parts, axis = named["tensors"], named.get("dim", named.get("axis", 0))
+            if len(parts) == 2 and axis in (1, -3) and output.ndim == 4:
                 self.made.append((output, parts[0].shape[1]))
         return output
 
@@ -78,7 +83,7 @@ def _concat_boundaries(denoiser: Denoiser, inputs: Inputs, convs: Mapping[str, n
                 boundaries[name] = channels
 
     handles = [
-        conv.register_forward_pre_hook(lambda _module, args, name=name: visit(name, args[0]))
+        on_input(conv, partial(visit, name))
         for name, conv in convs.items()
         if conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0)
     ]

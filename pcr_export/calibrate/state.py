@@ -34,7 +34,7 @@ class CalibrationState:
         self._key = key
 
     def read(self) -> list[CallRecord]:
-        """The records of the calls finished so far; none where the folder belongs to another key.
+        """The records of the calls finished so far, up to the first that is missing or belongs to another key.
 
         Raises PcrExportError where a record is damaged.
         """
@@ -42,7 +42,7 @@ class CalibrationState:
         while (path := self._path(len(records))).exists():
             record = self._read_record(path)
             if record is None:
-                return []
+                break  # it and those behind it are written again, one after the other
             records.append(record)
         return records
 

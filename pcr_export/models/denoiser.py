@@ -41,6 +41,12 @@ class Denoiser:
         return self.call(self.network, inputs)
 
 
+def noisy_input(denoiser: Denoiser, inputs: Inputs) -> str:
+    """The name of the input that is denoised: the first of floating point that is not the timestep."""
+    names = [name for name in denoiser.dynamic_axes if name != denoiser.timestep and inputs[name].is_floating_point()]
+    return names[0] if names else next(iter(denoiser.dynamic_axes))
+
+
 @torch.inference_mode()
 def sample(
     denoiser: Denoiser, call: Callable[[Inputs], Tensor], conditions: Sequence[Any], seeds: Sequence[int]

@@ -107,6 +107,11 @@ class Evaluation:
     def domains(self) -> list[Domain]:
         """The prompt sets. Raises PcrExportError where one can't be read, is too small, or shares its name with another."""
         own = own_prompt_sets(self.recipe.model)
+        if not (self.folder / "model_index.json").is_file():
+            raise PcrExportError(
+                f"{self.folder} was exported from a Denoiser, which only Python has: write "
+                "evaluate_denoiser(DenoiserEvaluation(folder=..., denoiser=..., conditions=...)), as docs/denoiser.md shows"
+            )
         packaged = [path for path in (own.in_domain, own.out_of_domain) if path is not None]
         files = [(path, str(path)) for path in self.prompts] or [(path, f"calib/{path.name}") for path in packaged]
         domains = [Domain(path.stem, path, shown, read_prompts(path)[: self.images]) for path, shown in files]

@@ -82,7 +82,9 @@ def measure_fidelity(
             simulated, nearby = _simulate(simulation, scales, inputs, denoiser.timestep, sites)
             floor.add(simulated, nearby)
             per_call.append(overall.add(simulated, artifact(inputs)))
-            calls.append((inputs, simulated))
+            calls.append(
+                ({name: x.clone() for name, x in inputs.items()}, simulated)
+            )  # a walk may change its own in place
             advance(1)
             if index < len(denoiser.timesteps) - 1:
                 inputs = walk.send(simulated)

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from calibrate.unusual_networks import unusual_denoiser
 from class_conditional import class_conditional_denoiser
 from torch import nn
 
@@ -12,6 +13,7 @@ from pcr_export.calibrate.simulate import QuantizeSites, Simulation
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.calibrate.weights.rounding import NEAREST_8
 from pcr_export.errors import PcrExportError
+from pcr_export.qdiffbench.fidelity import sqnr_db
 from pcr_export.sites import Layer
 
 
@@ -57,7 +59,7 @@ def test_every_site_is_visited_with_its_own_quantizer():
     denoiser = class_conditional_denoiser()
     inputs = next(denoiser.walk([1], [0]))
     layers = find_layers(denoiser, inputs, ())
-    sites = {layer.site for layer in layers}
+    sites = {layer.site for layer in layers if layer.site}
     seen = set()
 
     def visit(site, x):
@@ -75,3 +77,41 @@ def test_damaged_weights_are_named():
     denoiser.network.merge.weight.data[0, 0] = float("nan")
     with pytest.raises(PcrExportError, match="layer merge: weight holds NaN"), Simulation(denoiser, layers, NEAREST_8):
         pass
+
+
+def test_tied_layers_called_by_name_compute_with_the_same_integers():
+    """Neither tied weights nor a subclass nor a call by keyword changes what the integers give, and all is as it was afterwards."""
+    denoiser = unusual_denoiser()
+    inputs = next(denoiser.walk([0, 0], [0, 1]))
+    layers = find_layers(denoiser, inputs, ())
+    before, weight = denoiser(inputs), denoiser.network.one.weight
+    with Simulation(denoiser, layers, NEAREST_8) as simulation:
+        simulated = simulation.run(inputs)
+    assert torch.equal(denoiser(inputs), before)
+    assert denoiser.network.one.weight is denoiser.network.other.weight is weight
+    assert sqnr_db(before.square().sum().item(), (simulated - before).square().sum().item()) > 30  # 8-bit weights alone
+
+
+@pytest.mark.parametrize("where", ["entering", "inside"])
+def test_an_error_leaves_the_float_network(where):
+    denoiser = class_conditional_denoiser()
+    inputs = next(denoiser.walk([1], [0]))
+    layers = find_layers(denoiser, inputs, ())
+    before = {name: tensor.clone() for name, tensor in denoiser.network.state_dict().items()}
+    rounded = []
+
+    def stop_at_the_third(name, weight):
+        rounded.append(name)
+        if len(rounded) == 3 and where == "entering":
+            raise KeyboardInterrupt
+        return NEAREST_8(name, weight)
+
+    def stop(_site, _x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Simulation(denoiser, layers, stop_at_the_third) as simulation:
+        simulation.run(inputs, stop)
+    after = denoiser.network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in denoiser.network.modules())

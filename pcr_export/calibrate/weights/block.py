@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pcr_export.calibrate.layer_inputs import on_input
 from pcr_export.calibrate.weights.adaround import AdaRoundSettings, SoftRounding, learn_rounding
 from pcr_export.calibrate.weights.block_inputs import BlockCall, read_block_call
 from pcr_export.calibrate.weights.gptq import gptq, output_error
@@ -105,7 +106,7 @@ class Block:
     def run(self, weights: Mapping[str, Tensor], call: BlockCall) -> Tensor:
         """The output for one call, with these weights in the place of the layers' own."""
         named = {".".join(filter(None, (self._path[layer], "weight"))): weight for layer, weight in weights.items()}
-        output: Tensor = functional_call(self.module, named, tuple(call.args), dict(call.kwargs))
+        output: Tensor = functional_call(self.module, named, tuple(call.args), dict(call.kwargs), tie_weights=False)
         return output
 
     @cached_property
@@ -119,17 +120,17 @@ class Block:
         sums: dict[tuple[object, ...], Tensor] = {}
         counted: set[tuple[object, ...]] = set()
 
-        def count(layer: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def count(layer: str, module: nn.Module, x: Tensor) -> None:
             key = self._hessian_key(layer)
             if key not in counted:
                 counted.add(key)
-                for rows in _input_rows(module, args[0]):
+                for rows in _input_rows(module, x):
                     sums[key] = sums[key].addmm_(rows.T, rows) if key in sums else rows.T @ rows
 
         with torch.no_grad(), ExitStack() as hooks:
             for layer, path in self._path.items():
                 module = self.module.get_submodule(path)
-                hooks.enter_context(module.register_forward_pre_hook(partial(count, layer)))
+                hooks.enter_context(on_input(module, partial(count, layer, module)))
             for start in range(0, self.call.num_samples, SAMPLES_PER_CALL):
                 counted.clear()
                 self.run({}, self.call.rows(slice(start, start + SAMPLES_PER_CALL)))

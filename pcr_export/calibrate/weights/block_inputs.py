@@ -15,12 +15,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.denoiser import Denoiser, Inputs
+from pcr_export.models.denoiser import Denoiser, Inputs, noisy_input
 from pcr_export.sites import Layer
 from pcr_export.stages import write_bytes
 
 BLOCK_CLASSES = ("ResnetBlock2D", "BasicTransformerBlock")  # of diffusers; a layer outside of them is a block alone
 PLAIN = (type(None), bool, int, float, str)
+SHARED = "="  # in front of the name of a tensor that all samples share
 BUDGET_BYTES = 2**35  # of the recorded inputs, on disk
 
 
@@ -35,9 +36,16 @@ def find_blocks(network: nn.Module, layers: Sequence[Layer]) -> dict[str, list[s
     return blocks
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A tensor that is the same for every sample and at every step."""
+
+    value: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
-    """The arguments of a block: tensors [samples, ...], float16 where that holds them, and plain values."""
+    """The arguments of a block: tensors [samples, ...], float16 where that holds them, shared tensors, and plain values."""
 
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
@@ -48,10 +56,14 @@ class BlockCall:
         return next(len(x) for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor))
 
     def rows(self, indices: Tensor | slice) -> BlockCall:
-        """The same call with some of the samples, in float32."""
+        """The same call with some of the samples; what was recorded as floating point in float32, integers as they are."""
 
         def pick(value: Any) -> Any:
-            return value[indices].float() if isinstance(value, Tensor) else value
+            if isinstance(value, Shared):
+                return value.value
+            if not isinstance(value, Tensor):
+                return value
+            return value[indices].float() if value.is_floating_point() else value[indices]
 
         return BlockCall(
             args=[pick(value) for value in self.args],
@@ -84,6 +96,9 @@ class BlockRecorder:
         self._per_call = max(1, samples // len(denoiser.timesteps))
         self._seed = seed
         self._budget = budget
+        self._rows_of_one: dict[
+            tuple[str, str], int
+        ] = {}  # (block, argument) -> its first axis where one sample is run
 
     @torch.inference_mode()
     def __call__(self, index: int, batches: Sequence[Inputs]) -> None:
@@ -95,11 +110,15 @@ class BlockRecorder:
             return
         tensors: dict[str, Tensor] = {}
         plain: dict[str, dict[str, Any]] = {}
-        for block, arguments in self._arguments(self._choose(index, batches)).items():
+        inputs = self._choose(index, batches)
+        count = len(inputs[noisy_input(self._denoiser, inputs)])
+        for block, arguments in self._arguments(inputs).items():
             plain[block] = {}
             for name, value in arguments.items():
                 if isinstance(value, Tensor):
-                    tensors[f"{block}|{name}"] = _stored(value)
+                    samples = self._samples(block, name, value, count)
+                    shared = "" if samples is not None else SHARED
+                    tensors[f"{block}|{shared}{name}"] = _stored(value if samples is None else samples)
                 elif isinstance(value, PLAIN) or value == {}:
                     plain[block][name] = value
                 else:
@@ -112,14 +131,27 @@ class BlockRecorder:
     def _keep_to_budget(self, batches: Sequence[Inputs]) -> None:
         """Lower the samples of a call to what the budget has room for, by the size of one of them."""
         asked, self._per_call = self._per_call, 1
-        arguments = self._arguments(self._choose(0, batches)).values()
-        tensors = [x for each in arguments for x in each.values() if isinstance(x, Tensor)]
-        size = sum(_stored(x).nbytes for x in tensors)
+        arguments = self._arguments(self._choose(0, batches))
+        tensors = {
+            (block, name): x for block, each in arguments.items() for name, x in each.items() if isinstance(x, Tensor)
+        }
+        self._rows_of_one = {place: len(x) if x.ndim else 0 for place, x in tensors.items()}
+        size = sum(_stored(x).nbytes for x in tensors.values())
         self._per_call = max(1, min(asked, self._budget // (size * len(self._denoiser.timesteps))))
+
+    def _samples(self, block: str, name: str, x: Tensor, count: int) -> Tensor | None:
+        """The argument with a row for each of `count` samples; None where it has none: all of them share it.
+
+        What has one row however many samples there are is the same for all of them in this call, and may be another in the next.
+        """
+        rows = self._rows_of_one.get((block, name), 0)
+        if rows == 1 and len(x) == 1 < count:
+            return x.expand(count, *x.shape[1:])
+        return x if rows and len(x) == rows * count and (rows == 1 or count > 1) else None
 
     def _choose(self, index: int, batches: Sequence[Inputs]) -> Inputs:
         """Rows of all batches, drawn from the seed; what has no batch axis stays."""
-        first = next(iter(batches[0]))
+        first = noisy_input(self._denoiser, batches[0])
         sizes = [len(batch[first]) for batch in batches]
         generator = torch.Generator().manual_seed(self._seed + index)
         rows = torch.randperm(sum(sizes), generator=generator)[: self._per_call].sort().values
@@ -152,6 +184,8 @@ class BlockRecorder:
 
 
 def _stored(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x.contiguous()
     half = x.half()
     return half.contiguous() if torch.isfinite(half).all() else x.contiguous()
 
@@ -169,9 +203,28 @@ def read_block_call(folder: Path, block: str) -> BlockCall:
                         tensors.setdefault(name.removeprefix(f"{block}|"), []).append(file.get_tensor(name))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PcrExportError(f"{path} is damaged ({error}): delete it and run again") from error
-    named = {**plain, **{name: torch.cat(parts) for name, parts in tensors.items()}}
+    named = {**plain, **_joined(block, tensors)}
     positions = sorted((name for name in named if name.isdigit()), key=int)
     return BlockCall(
         args=[named[name] for name in positions],
         kwargs={name: value for name, value in named.items() if not name.isdigit()},
     )
+
+
+def _joined(block: str, tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+    """The samples of all calls behind one another, by argument. Raises PcrExportError where they do not belong together."""
+    named: dict[str, Any] = {}
+    for name, parts in tensors.items():
+        if not name.startswith(SHARED):
+            named[name] = torch.cat(list(parts))
+        elif all(torch.equal(parts[0], part) for part in parts):
+            x = parts[0]
+            named[name.removeprefix(SHARED)] = Shared(x.float() if x.is_floating_point() else x)
+        else:
+            raise PcrExportError(
+                f"block {block} is called with {name.removeprefix(SHARED)}, which has no row for each sample and changes from "
+                "step to step: use --weights rtn"
+            )
+    if len({len(x) for x in named.values() if isinstance(x, Tensor)}) > 1:
+        raise PcrExportError(f"block {block} is called with arguments of different batch sizes: use --weights rtn")
+    return named
