@@ -76,10 +76,13 @@ def _flat_result(value: ir.Value) -> ir.Value | None:
 
 
 def _same_rows(flat: ir.Value, parts: ir.Value) -> bool:
-    """Whether batch and tokens of [batch, tokens, heads * size] are those of [batch, tokens, heads, size], by number or by name."""
+    """Whether batch and tokens of [batch, tokens, heads * size] are those of [batch, tokens, heads, size].
+
+    One of the two, by number or by name, decides for the other: both hold as many numbers. Names of equal sizes may differ.
+    """
     assert flat.shape is not None
     assert parts.shape is not None
-    return all(flat.shape[axis] == parts.shape[axis] and _is_known(flat.shape[axis]) for axis in (0, 1))
+    return any(flat.shape[axis] == parts.shape[axis] and _is_known(flat.shape[axis]) for axis in (0, 1))
 
 
 def _is_known(dim: int | ir.SymbolicDim) -> bool:
