@@ -35,6 +35,7 @@ from pcr_export.graph.quantize import quantize_onnx
 from pcr_export.graph.weight_file import onnx_files
 from pcr_export.manifest import write_manifest
 from pcr_export.models.check_denoiser import EXAMPLE_CONDITIONS, check_timesteps
+from pcr_export.models.content_hash import hash_content
 from pcr_export.models.denoiser import Inputs
 from pcr_export.models.hash_weights import hash_weights
 from pcr_export.qdiffbench.relax_search import RelaxSearch
@@ -157,14 +158,14 @@ def _round_weights(job: Job, layers: list[Layer]) -> tuple[RoundWeight, Facts]:
 
 def _calibration_key(job: Job) -> Key:
     """What a calibration depends on."""
-    seeds_and_conditions = zip(job.noise_seeds(), job.conditions, strict=True)
+    calibration_set = list(zip(map(int, job.noise_seeds()), job.conditions, strict=True))
     return {
         "weights": hash_weights(job.denoiser.network),
         "version": __version__,
         "torch": torch.__version__,
         **job.walk_key,
         **recipe_key(job.recipe),
-        "calibration set": key_hash({str(seed): str(condition) for seed, condition in seeds_and_conditions}),
+        "calibration set": hash_content(calibration_set),
     }
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pcr_export.calibrate.weights.rounding import RoundWeight
 from pcr_export.engine_settings import EngineSettings
+from pcr_export.errors import PcrExportError
+from pcr_export.models.content_hash import hash_content
 from pcr_export.models.denoiser import Denoiser
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds
@@ -31,7 +33,7 @@ class Job:
     recipe: Recipe
     conditions: Sequence[Any]  # the calibration set: prompts, or what the denoiser's walk takes
     folder: Path
-    seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' text and the recipe's seed
+    seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' content and the recipe's seed
     weights_folder: Path | None = None  # where learned weights are kept; None: in `folder`
     engines: EngineSettings = field(default_factory=EngineSettings)
     walk_key: Key = field(default_factory=dict)  # hashes of what the walk depends on besides the network and the recipe
@@ -51,13 +53,23 @@ class Job:
         return replace(self, conditions=[self.conditions[i] for i in chosen], seeds=[seeds[i] for i in chosen])
 
     def noise_seeds(self) -> Sequence[int]:
-        """One seed per condition."""
-        return self.seeds or prompt_seeds([str(condition) for condition in self.conditions], self.recipe.seed)
+        """One seed per condition. Raises PcrExportError where they are not as many, or a condition's content can't be told."""
+        if self.seeds is None:
+            return prompt_seeds([_seed_text(condition) for condition in self.conditions], self.recipe.seed)
+        if len(self.seeds) != len(self.conditions):
+            raise PcrExportError(f"{len(self.seeds)} seeds for {len(self.conditions)} conditions: give one for each")
+        return self.seeds
 
     def measured_batch(self, most: int, least: int = 1) -> tuple[Sequence[Any], Sequence[int]]:
         """The first conditions and their seeds: `most`, or as many as MEASURED_PIXELS allow, but `least`."""
         count = max(least, min(most, MEASURED_PIXELS // (self.recipe.height * self.recipe.width)))
         return self.conditions[:count], self.noise_seeds()[:count]
+
+
+def _seed_text(condition: Any) -> str:
+    """What a condition's noise is drawn from: a prompt or a number as it is written, the hash of anything else."""
+    plain = condition is None or type(condition) in (str, bool, int, float)
+    return str(condition) if plain else hash_content(condition)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from pcr_export.export_validation import validate_artifact
 from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
 from pcr_export.models.catalog import read_json
+from pcr_export.models.content_hash import hash_content
 from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.hash_weights import hash_weights
 from pcr_export.models.load import LoadedModel, load_model
@@ -123,7 +124,7 @@ def pipeline_job(model: LoadedModel, recipe: Recipe, prompts: Sequence[str], fol
         folder=folder,
         walk_key={
             "other parts": hash_weights(*(part for name, part in sorted(parts.items()) if name != "unet")),
-            "scheduler": json.dumps(dict(model.pipeline.scheduler.config), sort_keys=True, default=str),
+            "scheduler": json.dumps(dict(model.pipeline.scheduler.config), sort_keys=True, default=hash_content),
         },
     )
 

@@ -14,8 +14,8 @@ class FlattenAttention:
 
     Reshape(Transpose(Attention(T(R(q)), T(R(k)), T(R(v)), mask))) -> Attention(q, k, v, mask, q_num_heads, kv_num_heads)
 
-    with q, k, v [batch, tokens, heads * size]. Does not fire where one of the three is no such reshape, or a reader wants
-    another form of the result.
+    with q, k, v [batch, tokens, heads * size]. Does not fire where one of the three is no such reshape, where the reshape moves
+    tokens to the batch (attention in windows), or where a reader wants another form of the result.
     """
 
     def apply(self, job: Job) -> int:
@@ -56,12 +56,12 @@ def _flat_source(value: ir.Value | None) -> ir.Value | None:
     heads, size = static_dim(parts, 2), static_dim(parts, 3)
     if source is None or source.shape is None or len(source.shape) != 3 or heads is None or size is None:
         return None
-    return source if static_dim(source, 2) == heads * size else None
+    return source if static_dim(source, 2) == heads * size and _same_rows(source, parts) else None
 
 
 def _flat_result(value: ir.Value) -> ir.Value | None:
     """y of Reshape(Transpose(value)) when y is [batch, tokens, heads * size] and nothing else reads the parts."""
-    heads, size = static_dim(value, 1), static_dim(value, 3)
+    heads, size, parts = static_dim(value, 1), static_dim(value, 3), value
     for op_type in ("Transpose", "Reshape"):
         uses = value.uses()
         if len(uses) != 1 or value.is_graph_output():
@@ -69,7 +69,21 @@ def _flat_result(value: ir.Value) -> ir.Value | None:
         node = next(iter(uses)).node
         if node.op_type != op_type or (op_type == "Transpose" and tuple(attribute(node, "perm", ())) != HEADS_FIRST):
             return None
-        value = node.outputs[0]
+        parts, value = value, node.outputs[0]
     if heads is None or size is None or value.shape is None or len(value.shape) != 3:
         return None
-    return value if static_dim(value, 2) == heads * size else None
+    return value if static_dim(value, 2) == heads * size and _same_rows(value, parts) else None
+
+
+def _same_rows(flat: ir.Value, parts: ir.Value) -> bool:
+    """Whether batch and tokens of [batch, tokens, heads * size] are those of [batch, tokens, heads, size].
+
+    One of the two, by number or by name, decides for the other: both hold as many numbers. Names of equal sizes may differ.
+    """
+    assert flat.shape is not None
+    assert parts.shape is not None
+    return any(flat.shape[axis] == parts.shape[axis] and _is_known(flat.shape[axis]) for axis in (0, 1))
+
+
+def _is_known(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, int) or dim.value is not None

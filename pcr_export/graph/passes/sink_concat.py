@@ -20,6 +20,8 @@ class SinkConcat:
             concat = node.inputs[0].producer()
             if concat is None or concat.op_type != "Concat" or len(node.inputs[0].uses()) > 1:
                 continue
+            if node.inputs[0].is_graph_output():
+                continue
             emit = Emitter(job, node)
             parts = []
             for i, part in enumerate(concat.inputs):

@@ -8,7 +8,8 @@ from pcr_export.graph.job import DOMAIN, Emitter, Job, attribute, replace_value,
 class SplitGated:
     """Split(pcr.Linear(x, W), n) over the last axis -> n times pcr.Linear(x, rows of W).
 
-    The integers stay the same: weights are quantized per output channel before their rows are dealt out.
+    The integers stay the same: weights are quantized per output channel before their rows are dealt out. A part may be split
+    again: its rows are counted from where it starts.
     Does not fire where the product has another reader, or the parts differ in size.
     """
 
@@ -31,11 +32,11 @@ class SplitGated:
             ):
                 continue
             assert width is not None
-            size = width // parts
+            first, size = attribute(linear, "start", 0), width // parts
             emit = Emitter(job, linear, prefix=attribute(linear, "layer"))
             settings = {name: found.value for name, found in linear.attributes.items()}
             for part, output in enumerate(node.outputs):
-                rows = {"start": part * size, "end": (part + 1) * size}
+                rows = {"start": first + part * size, "end": first + (part + 1) * size}
                 shape = None if output.shape is None else list(output.shape)
                 replace_value(
                     output,
