@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks everything: lint, format, types, tests. Sets up .venv first. Arguments go to pytest (e.g. -m slow).
+# Checks everything: lint, format, types, tests. Sets up .venv first. Arguments go to pytest (e.g. -m slow, or -n 0 for one process).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n auto "$@"
