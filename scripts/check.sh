@@ -6,5 +6,11 @@ cd "$(dirname "$0")/.."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
-.venv/bin/python -m pytest -n auto "$@"
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+.venv/bin/mypy >"$types" 2>&1 & # beside the tests: without its cache it takes one core for a minute
+code=0
+.venv/bin/python -m pytest -n auto "$@" || code=$?
+wait $! || code=$?
+cat "$types"
+exit $code
