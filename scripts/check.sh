@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# Checks everything: lint, format, types, tests. Sets up .venv first. Arguments go to pytest (e.g. -m slow).
+# Checks everything: lint, format, types, tests. Sets up .venv first. Arguments go to pytest (e.g. -m slow, or -n 0 for one process).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+.venv/bin/mypy >"$types" 2>&1 & # beside the tests: without its cache it takes one core for a minute
+code=0
+.venv/bin/python -m pytest -n auto "$@" || code=$?
+wait $! || code=$?
+cat "$types"
+exit $code

@@ -31,7 +31,9 @@ def export_from(source: Path, out: Path, *options: str) -> Path:
     settings |= {"backend": "tensorrt-rtx", "target": "sm89", "out": out}
     arguments = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "pcr_export", str(source), *arguments, *options]
-    subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD)
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    (out / "terminal.txt").write_text(done.stdout, "utf-8")  # what the command showed
     return out / f"{source.name}-w8a8"
 
 

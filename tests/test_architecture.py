@@ -104,7 +104,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 @pytest.mark.parametrize("path", MODULES)
 def test_module_keeps_the_rules(path):
-    source = (PACKAGE / path).read_text()
+    source = (PACKAGE / path).read_text("utf-8")
     if path.endswith("__init__.py"):
         return
     assert heavy_imports_out_of_place(path, source) == []
@@ -129,7 +129,7 @@ def test_the_command_line_stays_light():
 
 def test_functions_and_files_stay_readable():
     for path in MODULES:
-        source = (PACKAGE / path).read_text()
+        source = (PACKAGE / path).read_text("utf-8")
         assert source.count("\n") <= 400, path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
@@ -138,8 +138,8 @@ def test_functions_and_files_stay_readable():
 
 def test_the_readme_maps_every_module():
     """One line per module: the first line of its docstring."""
-    table = re.findall(r"^\| `([\w/]+\.py)` \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    lines = {path: (PACKAGE / path).read_text() for path in MODULES if not path.endswith("__init__.py")}
+    table = re.findall(r"^\| `([\w/]+\.py)` \| (.+) \|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    lines = {path: (PACKAGE / path).read_text("utf-8") for path in MODULES if not path.endswith("__init__.py")}
     assert dict(table) == {
         path: (ast.get_docstring(ast.parse(text)) or "").split("\n")[0] for path, text in lines.items()
     }

@@ -22,6 +22,9 @@ from pcr_export.relaxed_steps import format_steps
 from pcr_export.report import summary_rows
 from pcr_export.step_scales import read_step_scales
 
+# The artifact against its simulation: 130 dB where no activation falls on the other side of a rounding edge. One of a thousand that
+# does costs its unit: 49 dB. On another CPU's sums some do.
+FLIPS_DB = 35
 LABELS = [0, 1, 2, 3, 4, 0]
 FILES = ("step_scales.safetensors", "recipe.json", "unet/model.onnx", "unet/model.onnx_data")
 
@@ -84,7 +87,7 @@ def test_folder_passes_its_verification_and_shows_its_scales(exported):
 def test_artifact_is_the_simulation(exported):
     fidelity = exported[1]["fidelity"]
     assert len(fidelity["per_step"]) == len(fidelity["simulation_vs_fp32_per_step"]) == len(TIMESTEPS)
-    assert all(value is None or value > 50 for value in fidelity["per_step"])
+    assert all(value is None or value > FLIPS_DB for value in fidelity["per_step"])
 
 
 def test_same_seed_same_bytes(exported, tmp_path):
@@ -110,15 +113,17 @@ def test_other_weights_export_again(exported, tmp_path):
 
 
 def test_relaxed_steps_run_in_the_artifact(tmp_path):
-    plain = export_denoiser(job(tmp_path / "plain"))
-    relaxed = export_denoiser(job(tmp_path / "relaxed", relax="first:40%"))
-    assert all(value is None or value > 50 for value in relaxed["fidelity"]["per_step"])
+    plain, relaxed = (
+        export_denoiser(dataclasses.replace(job(tmp_path / relax, relax=relax), float_graph=float_graph))
+        for relax in ("none", "first:40%")
+    )
+    assert all(value is None or value > FLIPS_DB for value in relaxed["fidelity"]["per_step"])
     assert plain["recipe"]["relax"] == "none"
 
 
 def test_artifact_below_the_floor_is_refused_and_kept(tmp_path):
     with pytest.raises(PcrExportError, match="worst sites") as refused:
-        export_denoiser(job(tmp_path, min_sqnr_db=1000.0))
+        export_denoiser(dataclasses.replace(job(tmp_path, min_sqnr_db=1000.0), float_graph=float_graph))
     assert refused.value.exit_code == 3
     assert (tmp_path / "report.json").exists()
     assert not (tmp_path / "manifest.json").exists()  # an export that is refused did not end
@@ -149,7 +154,7 @@ def searched(tmp_path_factory):
 
 
 def test_the_layers_that_8_bits_hurt_most_stay_float(tmp_path, exported):
-    report = export_denoiser(dataclasses.replace(job(tmp_path, skip=("conv_in", "auto:2")), validate=True))
+    report = export_denoiser(dataclasses.replace(job(tmp_path, skip=("conv_in", "auto:2")), float_graph=float_graph))
     rows = {row["name"]: row for row in report["sites"]}
     errors = {name: row["sensitivity"] for name, row in rows.items() if row["sensitivity"] is not None}
     worst = sorted(errors, key=errors.get)[-2:]

@@ -81,7 +81,7 @@ def test_picture_from_the_folder_alone(exported, tmp_path):
 
 
 def test_the_readme_draws_the_same_picture_in_diffusers(exported, tmp_path):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     (block,) = [each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_pipeline(" in each]
     (tmp_path / "engines").symlink_to(exported.parent)
     program = f"{block}\nimage.save('diffusers.png'); redrawn.save('redrawn.png')\n"

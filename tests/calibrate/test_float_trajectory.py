@@ -104,7 +104,8 @@ def test_min_mean_is_the_least_over_steps_of_the_mean_over_calls_for_convolution
     for i, site in enumerate(sites):
         scale = scales.scale[0, scales.sites.index(site)]
         expected = peaks[i].mean(axis=1).min() if site in convolutions else peaks[i].max()
-        np.testing.assert_allclose(scale, expected / 127, rtol=1e-6 if site in convolutions else 1 / 127)
+        # one rounding to float32; the largest of |x| counts by 128 where it is negative
+        np.testing.assert_allclose(scale, expected / 127, rtol=2**-23 if site in convolutions else 1 / 128 + 2**-23)
     assert (scales.zero_point == 128).all()
 
 

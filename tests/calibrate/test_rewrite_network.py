@@ -84,7 +84,8 @@ def test_every_quantized_linear_is_smoothed_and_no_other():
 def test_scale_is_smoothquants_formula():
     peaks, weight = torch.tensor([4.0, 1.0, 0.0]), torch.tensor([[0.5, 2.0, 1.0], [-1.0, 0.0, 0.0]])
     expected = [4.0**0.8 / 1.0**0.2, 1.0**0.8 / 2.0**0.2, 1e-5**0.8 / 1.0]
-    np.testing.assert_allclose(smoothing_scale(peaks, weight, 0.8).numpy(), expected, rtol=1e-6)
+    rounding = 16 * 2**-24  # two powers and a division in float32; libraries of powers are right to a few last digits
+    np.testing.assert_allclose(smoothing_scale(peaks, weight, 0.8).numpy(), expected, rtol=rounding)
     torch.testing.assert_close(smoothing_scale(peaks[:2], weight[:, :2], 1.0), peaks[:2])  # all moves into the weight
 
 

@@ -40,7 +40,8 @@ def test_the_error_of_one_linear_by_hand() -> None:
         rounded = quantize_dequantize(part, grid.scale, grid.zero_point) @ weight.T + module.bias
         error += (rounded - exact).square().sum().item()
         energy += exact.square().sum().item()
-    assert found == {"layer": pytest.approx(error / energy, rel=1e-4)}
+    # float32 sums of 7 products in another order, twice, against differences of which 4 % of the output remain
+    assert found == {"layer": pytest.approx(error / energy, rel=2 * 2 * 7 * 2**-24 / 0.04)}
 
 
 def test_a_layer_with_an_outlier_is_found(tmp_path: Path) -> None:

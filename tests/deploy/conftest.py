@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import onnx
 import onnx.parser
 import pytest
 from models.tiny_pipelines import TOKENS, tiny_sd, tiny_sdxl
+from shared_folder import make_once
 
 from pcr_export.deploy.folder import write_configs, write_pipeline_folder
 from pcr_export.deploy.onnx_parts import export_text_encoder
@@ -55,28 +57,38 @@ def write_other_parts(model: LoadedModel, sdxl: ExportedFolder, folder: Path) ->
     export_text_encoder(model.pipeline.text_encoder, TOKENS, folder / "text_encoder" / "model.onnx")
 
 
-@pytest.fixture(scope="session")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
-    folder = tmp_path_factory.mktemp("sdxl")
+def write_sdxl(folder: Path) -> None:
     model = load_model(resolve(str(tiny_sdxl(folder / "source"))))
     write_pipeline_folder(model.pipeline, folder / "exported")
     write_float_unet(model, folder / "exported")
-    return ExportedFolder(model, folder / "exported")
+
+
+def write_sd(sdxl: ExportedFolder, folder: Path) -> None:
+    model = load_model(resolve(str(tiny_sd(folder / "source"))))
+    write_other_parts(model, sdxl, folder / "exported")
+    write_float_unet(model, folder / "exported")
+
+
+def write_lcm(sdxl: ExportedFolder, folder: Path) -> None:
+    model = load_model(resolve(str(tiny_sd(folder / "source", scheduler="LCMScheduler", time_cond_proj_dim=24))))
+    write_other_parts(model, sdxl, folder / "exported")
+    onnx.save(onnx.parser.parse_model(TOY_UNET), folder / "exported" / "unet" / "model.onnx")
+
+
+def read_folder(folder: Path) -> ExportedFolder:
+    return ExportedFolder(load_model(resolve(str(folder / "source"))), folder / "exported")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
+    return read_folder(make_once(tmp_path_factory, "sdxl", write_sdxl))
 
 
 @pytest.fixture(scope="session")
 def sd(sdxl: ExportedFolder, tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
-    folder = tmp_path_factory.mktemp("sd")
-    model = load_model(resolve(str(tiny_sd(folder / "source"))))
-    write_other_parts(model, sdxl, folder / "exported")
-    write_float_unet(model, folder / "exported")
-    return ExportedFolder(model, folder / "exported")
+    return read_folder(make_once(tmp_path_factory, "sd", functools.partial(write_sd, sdxl)))
 
 
 @pytest.fixture(scope="session")
 def lcm(sdxl: ExportedFolder, tmp_path_factory: pytest.TempPathFactory) -> ExportedFolder:
-    folder = tmp_path_factory.mktemp("lcm")
-    model = load_model(resolve(str(tiny_sd(folder / "source", scheduler="LCMScheduler", time_cond_proj_dim=24))))
-    write_other_parts(model, sdxl, folder / "exported")
-    onnx.save(onnx.parser.parse_model(TOY_UNET), folder / "exported" / "unet" / "model.onnx")
-    return ExportedFolder(model, folder / "exported")
+    return read_folder(make_once(tmp_path_factory, "lcm", functools.partial(write_lcm, sdxl)))

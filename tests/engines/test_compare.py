@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from graph.min_max import min_max_scales
 from graph.small_denoisers import unet_denoiser, unet_inputs
+from shared_folder import make_once
 
 from pcr_export.engines.build_request import BuildRequest
 from pcr_export.engines.compare import (
@@ -41,16 +42,21 @@ TIMESTEPS, BITS = (900.0, 500.0, 300.0, 100.0), (10, 8, 8, 8)
 AXES = {"batch": (2, 2, 2), "height": (16, 16, 16), "width": (16, 16, 16)}
 
 
+def write_float(folder: Path) -> None:
+    """What tests/graph/exported_cases.py writes for "sdxl": the first of them to need it makes it for both."""
+    denoiser = unet_denoiser("sdxl")
+    export_float_onnx(denoiser, unet_inputs(denoiser, 2, 8), folder / "model.onnx")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     denoiser = unet_denoiser("sdxl")
-    inputs = unet_inputs(denoiser, 2, 8)
-    export_float_onnx(denoiser, inputs, folder / "float" / "model.onnx")
-    scales, layers = min_max_scales(denoiser, inputs, TIMESTEPS, bits=BITS)
+    float_path = make_once(tmp_path_factory, "float-sdxl", write_float) / "model.onnx"
+    scales, layers = min_max_scales(denoiser, unet_inputs(denoiser, 2, 8), TIMESTEPS, bits=BITS)
     unet = folder / "unet"
-    quantize_onnx(folder / "float" / "model.onnx", scales, layers, unet / "model.onnx")
-    quantize_onnx(folder / "float" / "model.onnx", scales, layers, unet / "tensorrt" / "model.onnx", "tensorrt")
+    quantize_onnx(float_path, scales, layers, unet / "model.onnx")
+    quantize_onnx(float_path, scales, layers, unet / "tensorrt" / "model.onnx", "tensorrt")
     write_step_scales(scales, folder / "step_scales.safetensors")
     (unet / "config.json").write_text('{"sample_size": 8}', "utf-8")
     return folder

@@ -147,7 +147,10 @@ def test_a_quantized_layer_may_make_the_output(tmp_path: Path, bits: tuple[int, 
     ):
         assert engine.session.get_outputs()[0].name == "y"
         simulated = simulated_call(simulation, scales, "timestep")(inputs).numpy()
-        np.testing.assert_allclose(engine.run(feed(inputs)), simulated, atol=1e-5)  # sums in another order
+        # A silu that differs in its last digit may fall on the other side of a rounding edge: one unit of one input of a sum.
+        unit = scales.scale.max() * denoiser.network.last.weight.abs().max().item()
+        assert unit < 0.05 * np.abs(simulated).max()
+        np.testing.assert_allclose(engine.run(feed(inputs)), simulated, atol=unit + 1e-5)
 
 
 def test_same_input_same_bytes(sdxl: Case) -> None:

@@ -63,7 +63,9 @@ def test_it_is_as_near_to_float_as_the_simulation(case: Case, bits: tuple[int, .
     for inputs, output, simulated in zip(calls, outputs, simulations, strict=True):
         reference = float_output(case.denoiser, inputs)
         assert output.dtype == np.float32
-        assert sqnr_db(reference, output) > sqnr_db(reference, simulated) - 1.5  # noise of another draw
+        assert (
+            sqnr_db(reference, output) > sqnr_db(reference, simulated) - 3
+        )  # another draw: 0.6 dB here, of few outputs
         assert sqnr_db(simulated, output) > 20
 
 

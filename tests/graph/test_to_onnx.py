@@ -19,6 +19,8 @@ from pcr_export.errors import PcrExportError
 from pcr_export.graph.to_onnx import MODULE_KEY, export_float_onnx, save_model, trace_float_onnx
 from pcr_export.models.denoiser import Denoiser
 
+ROUNDING = 3 * 576 * 2**-24  # the longest float32 sums of these networks, in another order; values below 3
+
 
 @pytest.fixture
 def sdxl(exported: Callable[[str], Case]) -> tuple[Denoiser, Path]:
@@ -33,7 +35,7 @@ def test_the_graph_computes_the_network_at_any_batch_and_size(sdxl: tuple[Denois
             inputs = unet_inputs(denoiser, batch, size)
             with torch.no_grad():
                 expected = denoiser(inputs).numpy()
-            np.testing.assert_allclose(engine.run(feed(inputs)), expected, atol=2e-5)  # sums in another order
+            np.testing.assert_allclose(engine.run(feed(inputs)), expected, atol=ROUNDING)
 
 
 def test_inputs_are_those_of_the_denoiser(sdxl: tuple[Denoiser, Path]) -> None:
@@ -62,7 +64,7 @@ def test_same_network_same_bytes_and_no_traces_of_this_machine(exported: Callabl
         assert (tmp_path / file).read_bytes() == (case.float_path.parent / file).read_bytes()
     text = case.float_path.read_bytes()
     assert b".py" not in text
-    assert str(case.folder).encode() not in text
+    assert str(case.float_path.parent).encode() not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx_data"]
 
 
@@ -109,7 +111,7 @@ def test_layers_that_share_a_weight(tmp_path: Path) -> None:
     inputs = class_inputs(batch=3)
     with OnnxRuntimeEngine(tmp_path / "model.onnx", threads=1) as engine, torch.no_grad():
         found = engine.run(feed(inputs))
-        np.testing.assert_allclose(found, denoiser(inputs).numpy(), rtol=1e-5)  # sums in another order
+        np.testing.assert_allclose(found, denoiser(inputs).numpy(), rtol=0, atol=ROUNDING)
 
 
 def test_a_network_that_is_no_diffusers_model(exported: Callable[[str], Case]) -> None:
@@ -118,7 +120,7 @@ def test_a_network_that_is_no_diffusers_model(exported: Callable[[str], Case]) -
     with torch.no_grad():
         expected = case.denoiser(inputs).numpy()
     with OnnxRuntimeEngine(case.float_path, threads=1) as engine:
-        np.testing.assert_allclose(engine.run(feed(inputs)), expected, atol=2e-5)  # sums in another order
+        np.testing.assert_allclose(engine.run(feed(inputs)), expected, atol=ROUNDING)
 
 
 def class_inputs(batch: int = 2) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def test_unet_output_is_that_by_hand(source: Path, tmp_path: Path) -> None:
     inputs = next(denoiser.walk(["a star"], [0]))
     before = denoiser(inputs)
     add_by_hand(plain.pipeline, updates, dict.fromkeys(updates, -1.5))
-    torch.testing.assert_close(with_lora(inputs), denoiser(inputs), atol=1e-5, rtol=0)  # ROUNDING through every layer
+    torch.testing.assert_close(with_lora(inputs), denoiser(inputs), atol=1e-4, rtol=0)  # through sums of up to 1152
     assert (with_lora(inputs) - before).abs().max() > 1e-2
 
 

@@ -266,7 +266,7 @@ def test_a_folder_without_evaluation_shows_its_validation(browser, exported):
 
 
 def test_engines_are_listed_with_their_size_and_memory(evaluated):
-    page = write_html_report(evaluated).read_text()
+    page = write_html_report(evaluated).read_text("utf-8")
     section = page[page.index(">Engines<") :]
     for words in ("tensorrt-rtx 1.7.1", "sm89", "3.0 MiB", "1.0 MiB weights + 0.5 MiB activations", "4 INT8, 0 float"):
         assert words in section
@@ -316,7 +316,7 @@ def test_same_input_same_bytes(evaluated, tmp_path):
 def test_images_that_were_deleted_are_missed(evaluated, tmp_path):
     folder = shutil.copytree(evaluated, tmp_path / "copy")
     shutil.rmtree(folder / "evaluation" / "in" / "fp32")
-    assert "images of in are no longer in the folder" in write_html_report(folder).read_text()
+    assert "images of in are no longer in the folder" in write_html_report(folder).read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def missing_names(source: str, trt: ModuleType) -> set[str]:
 
 def test_every_name_of_tensorrt_exists() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    source = SCRIPT.read_text()
+    source = SCRIPT.read_text("utf-8")
     assert source.count("self.engine.") >= 6
     assert source.count("self.context.") >= 4
     assert missing_names(source, trt) == set()
@@ -40,7 +40,7 @@ def test_every_name_of_tensorrt_exists() -> None:
 
 
 def test_it_needs_nothing_of_this_package() -> None:
-    tree = ast.parse(SCRIPT.read_text())
+    tree = ast.parse(SCRIPT.read_text("utf-8"))
     modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
                if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
     assert modules == {"sys", "time", "pathlib", "typing", "numpy", "cuda.bindings", "tensorrt", "tensorrt_rtx"}
