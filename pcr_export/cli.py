@@ -73,6 +73,10 @@ Weights = Annotated[str, typer.Option(help=f"how they are rounded: {', '.join(WE
 Keep = Annotated[str, typer.Option(help="layers that keep 8-bit weights: how many, or mean bits such as 4.5bit")]
 WeightSamples = Annotated[int, typer.Option(help="UNet inputs that rounding is learned from")]
 WeightRounds = Annotated[int, typer.Option(help="of learning; each samples with the weights of the one before")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(help="one more module path pattern that stays float; auto:4 for the four layers that need it most"),
+]
 LoraFiles = Annotated[
     list[str] | None, typer.Option("--lora", help="FILE[:SCALE], safetensors, fused into the model; may be repeated")
 ]
@@ -127,12 +131,7 @@ def export(
     weight_samples: WeightSamples = Recipe.weight_samples,
     weight_rounds: WeightRounds = Recipe.weight_rounds,
     adaround_iterations: Iterations = Recipe.adaround_iterations,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="one more module path pattern that stays float; auto:4 for the four layers that need it most"
-        ),
-    ] = None,
+    skip: Skip = None,
     lora: LoraFiles = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = Recipe.seed,
     resume: Annotated[bool, typer.Option(help="go on from what an earlier run of this command finished")] = True,
