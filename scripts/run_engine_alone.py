@@ -46,6 +46,8 @@ class Engine:
 
     def __call__(self, **arrays: np.ndarray) -> np.ndarray:
         """The noise (or v) of one step; `arrays` are the engine's inputs by name, the timestep of rank 0."""
+        if unlike := sorted(arrays.keys() ^ set(self.inputs)):
+            sys.exit(f"the engine takes {', '.join(self.inputs)}: {', '.join(unlike)} is missing or none of them")
         arrays = {name: np.array(arrays[name], self.dtypes[name], order="C") for name in self.inputs}
         for name, array in arrays.items():
             self.context.set_input_shape(name, array.shape)

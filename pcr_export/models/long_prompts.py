@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers.loaders import TextualInversionLoaderMixin
+
 from pcr_export.errors import PromptWarning
 from pcr_export.models.load import quiet
 
@@ -49,7 +51,9 @@ def tokenizers_of(pipeline: Any) -> list[Any]:
 def _token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Every token of each prompt, the first and the last one that the tokenizer adds among them."""
     with quiet():  # transformers warns of the same length with every new tokenizer
-        return [list(ids) for ids in tokenizer(list(prompts), truncation=False, padding=False)["input_ids"]]
+        # as `encode_prompt` does it: a textual inversion of several vectors is as many tokens
+        texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
+        return [list(ids) for ids in tokenizer(texts, truncation=False, padding=False)["input_ids"]]
 
 
 def _same_when_cut(prompts: Sequence[str], ids: Sequence[list[list[int]]], limits: Sequence[int], cut: set[int]) -> int:

@@ -25,7 +25,7 @@ def test_ports_of_a_unet(config: ModelConfig) -> None:
     assert config.inputs == {
         "sample": ("TYPE_FP32", (-1, 4, -1, -1)),
         "timestep": ("TYPE_FP32", (1,)),  # rank 0 in the model
-        "encoder_hidden_states": ("TYPE_FP32", (-1, 16, 32)),
+        "encoder_hidden_states": ("TYPE_FP32", (-1, -1, 32)),
         "timestep_cond": ("TYPE_FP32", (-1, 24)),
     }
     assert config.outputs == {"out_sample": ("TYPE_FP32", (-1, 4, -1, -1))}

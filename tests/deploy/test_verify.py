@@ -114,7 +114,10 @@ def one_more_input(graph: onnx.GraphProto) -> None:
     [
         (rename_input, "an input latents, which nothing feeds"),
         (wrong_type, "input timestep as INT64 [], where FLOAT [] is needed"),
-        (wrong_rank, "input encoder_hidden_states as FLOAT [batch, 16, 32, 1], where FLOAT [any, any, 32] is needed"),
+        (
+            wrong_rank,
+            "input encoder_hidden_states as FLOAT [batch, tokens, 32, 1], where FLOAT [any, any, 32] is needed",
+        ),
         (
             wrong_channels,
             "output out_sample as FLOAT [batch, 8, height, width], where FLOAT [any, 4, any, any] is needed",

@@ -42,6 +42,13 @@ def test_an_axis_that_was_built_fixed_tells_its_one_size() -> None:
         check_input_ranges("sm89.engine", record, BEST | {"sample": (1, 32, 16, 16)})
 
 
+def test_a_longer_text_than_the_engine_reads() -> None:
+    text = ((2, 77, 768),) * 3
+    record = replace(small_record(), inputs={"text": text}, axes={**small_record().axes, "tokens": (77, 77, 77)})
+    with pytest.raises(PcrExportError, match=r"text has 154 on axis 1 \(tokens\), sm89.engine takes 77: .*onnxruntime"):
+        check_input_ranges("sm89.engine", record, {"text": (2, 154, 768)})
+
+
 @pytest.mark.parametrize("shapes", [{"sample": (2, 32, 16, 16)}, BEST | {"prompt": (2,)}])
 def test_missing_and_unknown_inputs_are_refused(shapes: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(PcrExportError, match=r"takes the inputs \['sample', 'timestep'\], not"):

@@ -6,10 +6,14 @@ import warnings
 from pathlib import Path
 
 import pytest
-from models.tiny_pipelines import START, TOKENS, tiny_tokenizer
+from models.tiny_pipelines import START, TOKENS, tiny_sd, tiny_tokenizer
 
 from pcr_export.errors import PromptWarning
+from pcr_export.export_pipeline import pipeline_job
+from pcr_export.models.catalog import resolve
+from pcr_export.models.load import load_model
 from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
+from pcr_export.recipe import Recipe
 
 # Every letter is a token, and both ends are: 14 letters are read.
 FITS = "a b c d e f g h i j k l m n"
@@ -67,6 +71,23 @@ def test_both_of_sdxls_tokenizers_are_found(tmp_path: Path) -> None:
 
     assert tokenizers_of(Parts()) == [Parts.tokenizer]
     assert START in Parts.tokenizer.get_vocab()
+
+
+def test_a_textual_inversion_counts_as_many_tokens_as_it_has_vectors(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2"])
+    letters = "a b c d e f g h i j k"
+    assert said([tokenizer], [f"{letters} <cat>"]) == []
+    (line,) = said([tokenizer], [f"{letters} l <cat>"])
+    assert "(17 tokens)" in line
+
+
+def test_calibration_prompts_of_an_export_are_counted(tmp_path: Path) -> None:
+    model = load_model(resolve(str(tiny_sd(tmp_path / "random"))))
+    sampling = {"num_inference_steps": 2, "guidance_scale": 1.5, "height": 16, "width": 16}
+    recipe = Recipe(model="random", **sampling, calib_size=2)
+    with pytest.warns(PromptWarning, match="2 of 2 calibration prompts .*; 2 of them differ only there"):
+        pipeline_job(model, recipe, [f"{FITS} {end}" for end in "wxyz"], tmp_path / "out")
 
 
 def test_the_warning_is_one_line_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
