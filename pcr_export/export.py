@@ -31,6 +31,7 @@ from pcr_export.export_job import Exported, Job
 from pcr_export.export_trial import lazy_float_graph, try_denoiser, try_tracing
 from pcr_export.export_validation import validate_artifact
 from pcr_export.folder_lock import hold_folder
+from pcr_export.graph.passes.find_layers import check_layers_have_nodes
 from pcr_export.graph.quantize import quantize_onnx
 from pcr_export.graph.weight_file import onnx_files
 from pcr_export.manifest import write_manifest
@@ -98,12 +99,12 @@ def quantize_denoiser(job: Job) -> Exported:
     for line in warnings:
         job.log(line)
     rounding, weights = _round_weights(job, layers)
-    calibration = stages.run(
-        "calibrate",
-        calibration_key,
-        [scales_path],
-        lambda: _calibrate(job, layers, rounding, calibration_key, scales_path),
-    )
+
+    def calibrate_traced() -> Facts:
+        check_layers_have_nodes(float_graph().graph, {layer.name for layer in layers if layer.site is not None})
+        return _calibrate(job, layers, rounding, calibration_key, scales_path)
+
+    calibration = stages.run("calibrate", calibration_key, [scales_path], calibrate_traced)
     relaxed = _relaxed_facts(read_step_scales(scales_path), choice)
     graph_key = {**calibration_key, "scales": hash_file(scales_path)}
 

@@ -96,7 +96,7 @@ def trace_float_onnx(denoiser: Denoiser, example: dict[str, Tensor]) -> ir.Model
     _transpose_weights(model.graph)
     _optimize(model)
     _name_axes(model.graph, denoiser)
-    _keep_module_paths(model)
+    _keep_module_paths(model, denoiser.network)
     _name_weights(model.graph)
     return model
 
@@ -280,15 +280,18 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _keep_module_paths(model: ir.Model) -> None:
-    """Of the exporter's metadata keep the module path alone: stack traces hold this machine's paths."""
+def _keep_module_paths(model: ir.Model, network: nn.Module) -> None:
+    """Of the exporter's metadata keep the module path alone, a module's first if it has several: stack traces hold this machine's paths."""
+    first = {module: name for name, module in network.named_modules()}
+    name_of = {name: first[module] for name, module in network.named_modules(remove_duplicate=False)}
     for node in model.graph.all_nodes():
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]"))
         node.metadata_props.clear()
         node.doc_string = None
         modules = [scope for scope in scopes[:-1] if scope == WRAPPED or scope.startswith(WRAPPED + ".")]
         if modules:
-            node.metadata_props[MODULE_KEY] = modules[-1].removeprefix(WRAPPED).removeprefix(".")
+            path = modules[-1].removeprefix(WRAPPED).removeprefix(".")
+            node.metadata_props[MODULE_KEY] = name_of.get(path, path)
     for value in (*_values(model.graph), *model.graph.initializers.values()):
         value.metadata_props.clear()
         value.doc_string = None

@@ -36,6 +36,7 @@ class Unusual(nn.Module):
         self.standardized = StandardizedConv(WIDTH, WIDTH, 1)
         self.normed = parametrizations.weight_norm(nn.Conv2d(WIDTH, WIDTH, 1))
         self.down = nn.Conv2d(WIDTH, WIDTH, 2, stride=2)
+        self.again = self.down  # called by its second name
         self.up = nn.ConvTranspose2d(WIDTH, WIDTH, 2, stride=2)
         self.named = nn.Linear(WIDTH, WIDTH)
         self.scaled = ScaledLinear(WIDTH, WIDTH)
@@ -52,7 +53,7 @@ class Unusual(nn.Module):
         angles = t / 1000 * torch.arange(1.0, 5.0)
         h = self.patch(input=x) + self.time(angles.sin().reshape(1, 4))[:, :, None, None]
         h = self.norm(self.normed(self.standardized(h)))
-        h = h + self.up(F.silu(self.down(h)))
+        h = h + self.up(F.silu(self.again(h)))
         tokens = h.flatten(2).transpose(1, 2) + self.table
         self.dead(tokens)
         tokens = tokens + self.named(input=tokens)

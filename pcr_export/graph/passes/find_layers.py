@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import onnx_ir as ir
 
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import DOMAIN, MODULE_KEY, Emitter, Job, attribute, replace_value
 
 CONV_ATTRIBUTES = ("kernel_shape", "strides", "pads", "dilations")
+
+
+def check_layers_have_nodes(graph: ir.Graph, layers: Collection[str]) -> None:
+    """Raise PcrExportError where the float graph computes nothing for a layer that is to be quantized."""
+    products = ("Conv", "Gemm", "MatMul")
+    found = {node.metadata_props.get(MODULE_KEY) for node in graph if node.op_type in products} & set(layers)
+    _refuse(sorted(set(layers) - found), found)
+
+
+def _refuse(missing: Sequence[str], found: Collection[str | None]) -> None:
+    if missing or not found:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise PcrExportError(
+            f"no node of the float graph computes {shown or 'any layer'}, which the network calls: leave it float (--skip), or, "
+            "where graph and scales come from elsewhere, take both from the same network"
+        )
 
 
 class FindLayers:
@@ -29,12 +47,7 @@ class FindLayers:
                 continue
             if self._mark(job, node, layer):
                 found.add(layer)
-        missing = sorted(set(job.scales.layers) - found)
-        if missing or not found:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise PcrExportError(
-                f"no node of the float graph belongs to {shown or 'any layer'}: export the graph and the scales from the same network"
-            )
+        _refuse(sorted(set(job.scales.layers) - found), found)
         return len(found)
 
     def _mark(self, job: Job, node: ir.Node, layer: str) -> bool:
