@@ -25,7 +25,10 @@ BY_NOISE_SCHEDULE = (  # step by a trained noise schedule, so that each can stan
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-BY_SIGMA = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")  # whose timesteps are log(sigma) / 4 (arXiv 2206.00364)
+BY_SIGMA = (
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+)  # whose timesteps are log(sigma) / 4 (arXiv 2206.00364)
 INSTEAD = {  # of one that gives another image each time
     "DPMSolverSDEScheduler": (
         "draws its noise past the image's seed, so that the same seed gives another image each time",
@@ -73,6 +76,8 @@ def _check_name(name: str) -> None:
         raise PcrExportError(f"{name} {reason}: use --scheduler {instead}")
     known = (*BY_NOISE_SCHEDULE, *BY_SIGMA)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        stem = name.removesuffix("Scheduler")
+        longer = sorted((each for each in known if stem and each.startswith(stem)), key=len)
+        close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}? " if close else ""
         raise PcrExportError(f"unknown scheduler {name!r}: {hint}choose one of {', '.join(known)}")

@@ -79,7 +79,7 @@ class Study:
         names = ("unet", "text_encoder", "text_encoder_2", "vae")
         parts = [part for name in names if (part := getattr(pipeline, name, None)) is not None]
         sampling = {name: value for name, value in asdict(settings_of(self.base)).items() if name != "lora"}
-        scheduler = json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str)
+        scheduler = pipeline.scheduler.to_json_string()  # its class, too
         return key_hash({"weights": hash_weights(*parts), "scheduler": scheduler, "sampling": json.dumps(sampling)})
 
     @functools.cached_property

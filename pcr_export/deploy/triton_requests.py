@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pcr_export.deploy.run import load_exported_model
+from pcr_export.deploy.run import load_exported_model, with_guidance
 from pcr_export.deploy.triton_networks import CallModel, served_network
 from pcr_export.engines.onnxruntime import RUN_ERRORS
 from pcr_export.errors import PcrExportError
@@ -137,7 +137,7 @@ def paint_requests(
 def _paint(model: LoadedModel, pictures: Sequence[Picture], abandoned: Callable[[], bool]) -> np.ndarray:
     """uint8 [images, height, width, 3] of pictures that differ in prompt and seed only."""
     first = pictures[0]
-    entry = replace(model.entry, num_inference_steps=first.steps, guidance_scale=first.guidance_scale)
+    entry = replace(with_guidance(model.entry, first.guidance_scale), num_inference_steps=first.steps)
     denoiser = replace(model, entry=entry).denoiser(negative_prompt=first.negative_prompt)
     assert denoiser.decode is not None
     walk = denoiser.walk([picture.prompt for picture in pictures], [picture.seed for picture in pictures])

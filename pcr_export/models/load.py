@@ -109,7 +109,8 @@ def _check_finite(part: torch.nn.Module, name: str, folder: Path) -> None:
 
 def _read_scheduler(folder: Path, entry: CatalogEntry) -> Any:
     """The scheduler that `entry` is sampled with, walked once; PcrExportError where it or its steps can't be sampled."""
-    scheduler = read_scheduler(folder, entry.scheduler)
+    with quiet():
+        scheduler = read_scheduler(folder, entry.scheduler)
     class_name = read_model_index(folder)["_class_name"]
     few_steps = (
         type(scheduler).__name__ == "LCMScheduler"

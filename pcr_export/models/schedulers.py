@@ -27,6 +27,7 @@ from pcr_export.scheduler_setting import BY_NOISE_SCHEDULE, BY_SIGMA, INSTEAD, S
 
 Scheduler = Any  # diffusers mixes its methods in where types don't see them
 ETA = 0.0  # of every pipeline of diffusers that is not told another
+ANNOTATED_AS_BOOL = ("sigma_max", "shift_terminal")  # by diffusers, but a number or None
 CONSTANTS: Mapping[str, Any] = {"true": True, "false": False, "none": None, "null": None}
 FAILURES = (  # what schedulers of diffusers raise where a setting or a number of steps does not suit them
     ArithmeticError,
@@ -51,7 +52,11 @@ def read_scheduler(folder: Path, asked: str | None = None) -> Scheduler:
     """
     index = read_model_index(folder)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    name, pipeline_class = index["scheduler"][1], getattr(diffusers, index["_class_name"])
+    pipeline_class: type = getattr(diffusers, index["_class_name"])
+    named = index.get("scheduler")
+    if not (isinstance(named, list) and len(named) == 2 and isinstance(named[1], str)):
+        raise PcrExportError(f"{folder} has no scheduler that diffusers can load: see its model_index.json")
+    name = named[1]
     if asked is not None:
         return make_scheduler(asked, config, name, pipeline_class)
     if name in INSTEAD:
@@ -93,12 +98,13 @@ def read_values(setting: SchedulerSetting) -> dict[str, Any]:
     for key, text in setting.values:
         if key not in known:
             raise PcrExportError(f"{setting.name} has no {key}: choose of {', '.join(known)}")
-        kinds = _kinds(hints.get(key, Any))
+        kinds = _kinds(float | None if key in ANNOTATED_AS_BOOL else hints.get(key, Any))
         try:
             values[key] = _read_value(text, kinds)
         except ValueError as error:
-            can_be = " or ".join(kinds.values()) or "nothing here"
-            raise PcrExportError(f"{setting.name} has no {key}={text}: it can be {can_be}") from error
+            can_be = " or ".join(kinds.values())
+            advice = f"write {can_be}" if can_be else "leave it out, it is no text"
+            raise PcrExportError(f"{setting.name} can't have {key}={text}: {advice}") from error
     return values
 
 
@@ -108,8 +114,6 @@ def _kinds(hint: Any) -> dict[Any, str]:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return {value: str(value) for value in typing.get_args(hint)}
-    if hint == bool | None:
-        return words  # diffusers annotates sigma_max so, a number
     if origin in (typing.Union, types.UnionType):
         return {kind: word for each in typing.get_args(hint) for kind, word in _kinds(each).items()}
     return words if hint is Any else {hint: words[hint]} if hint in words else {}
@@ -143,7 +147,9 @@ def _class_of(name: str) -> Any:
     if absent:  # a class that diffusers puts in the place of one that can't be imported
         raise PcrExportError(f"{name} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
-        raise PcrExportError(f"diffusers {diffusers.__version__} has no scheduler {name}: choose another with --scheduler")
+        raise PcrExportError(
+            f"diffusers {diffusers.__version__} has no scheduler {name}: choose another with --scheduler"
+        )
     return scheduler
 
 
@@ -223,8 +229,8 @@ def _check_walked(name: str, timesteps: Sequence[float], latents: Tensor, repeat
         raise PcrExportError(f"{name} goes from an image to noise: use another scheduler")
     if not latents.isfinite().all():
         raise PcrExportError(
-            f"{name} makes NaN of its own settings: mend them (rescale_betas_zero_snr needs a model of prediction_type "
-            "v_prediction), or use another scheduler"
+            f"{name} makes NaN whatever the network does: mend its settings (rescale_betas_zero_snr needs a model of prediction_type "
+            "v_prediction), or use another one or fewer steps"
         )
 
 
