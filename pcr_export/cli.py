@@ -60,6 +60,12 @@ def _program(
     """
 
 
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="NAME[:key=value,...] of diffusers, e.g. EulerDiscreteScheduler:timestep_spacing=trailing"),
+]
+GuidanceRescale = Annotated[float | None, typer.Option(help="0 to 1 (arXiv 2305.08891)")]
+Affine = Annotated[bool, typer.Option("--affine/--symmetric", help="zero offsets where they are free")]
 ObservedSteps = Annotated[str, typer.Option(help="steps that --scheme static sees: all, uniform:10, normal:64")]
 Reduce = Annotated[str, typer.Option(help=f"how --scheme static joins them: {', '.join(REDUCTIONS)}")]
 SmoothQuant = Annotated[float | None, typer.Option(help="SmoothQuant's alpha for Linears [default: not smoothed]")]
@@ -97,6 +103,8 @@ def export(
     bits: Annotated[str, typer.Option(help="bits of weights and activations")] = "w8a8",
     steps: Annotated[int | None, typer.Option(help="denoising steps [default: the model's]")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="[default: the model's]")] = None,
+    guidance_rescale: GuidanceRescale = None,
+    scheduler: Scheduler = None,
     height: Annotated[str | None, typer.Option(help="pixels, or MIN:OPT:MAX [default: the model's]")] = None,
     width: Annotated[str | None, typer.Option(help="pixels, or MIN:OPT:MAX [default: the model's]")] = None,
     backend: Annotated[str, typer.Option(help=f"engines: {', '.join(BACKENDS)}")] = EngineSettings.backend,
@@ -116,9 +124,7 @@ def export(
     scheme: Annotated[str, typer.Option(help=f"how scales are found: {', '.join(SCHEMES)}")] = Recipe.scheme,
     ranges: Annotated[str, typer.Option(help=f"range estimator: {', '.join(RANGES)}")] = Recipe.ranges,
     percentile: Annotated[float, typer.Option(help="of each end, for --ranges percentile")] = Recipe.percentile,
-    affine: Annotated[
-        bool, typer.Option("--affine/--symmetric", help="zero offsets where they are free")
-    ] = Recipe.affine,
+    affine: Affine = Recipe.affine,
     observed_steps: ObservedSteps = Recipe.observed_steps,
     reduce: Reduce = Recipe.reduce,
     smooth_quant: SmoothQuant = Recipe.smooth_quant,
@@ -193,6 +199,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     steps: Annotated[int | None, typer.Option(help="[default: as calibrated]")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="[default: as calibrated]")] = None,
+    guidance_rescale: GuidanceRescale = None,
+    scheduler: Scheduler = None,
     negative_prompt: Annotated[str, typer.Option(help="what not to draw")] = "",
     engine: Annotated[str | None, typer.Option(help="GPU engine, e.g. sm89 [default: onnxruntime on the CPU]")] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks")] = False,
@@ -208,6 +216,8 @@ def generate(
             seed=seed,
             steps=steps,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            scheduler=scheduler,
             negative_prompt=negative_prompt,
             engine=engine,
         )

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pcr_export.relaxed_steps import format_steps
-from pcr_export.report import part_rows
+from pcr_export.report import part_rows, sampling_words
 
 console = Console(highlight=False)
 Facts = Mapping[str, Any]
@@ -65,8 +65,7 @@ def summary_rows(facts: Facts) -> list[tuple[str, str]]:
         ("model", f"{facts['model']} ({facts['pipeline'] or 'a denoiser of its own'})"),
         (
             "sampling",
-            f"{recipe['num_inference_steps']} steps, guidance scale {recipe['guidance_scale']:g}, "
-            f"{recipe['width']}x{recipe['height']} pixels",
+            f"{sampling_words(recipe)}, {recipe['width']}x{recipe['height']} pixels",
         ),
         ("layers", f"{layers}; {weights['sites']} sites"),
         ("weights", f"{recipe['weight_bits']} bits, {recipe['weights']}"),

@@ -9,6 +9,12 @@ class PcrExportError(Exception):
         self.exit_code = exit_code
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text that holds anything, without its stop; the exception's type where it has no text."""
+    lines = (line.strip(" .:") for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 class PcrExportWarning(UserWarning):
     """What was asked for is done, but not as a person may think. The message is one line; the command line prints it."""
 

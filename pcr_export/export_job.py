@@ -12,10 +12,11 @@ from pcr_export.calibrate.weights.rounding import RoundWeight
 from pcr_export.engine_settings import EngineSettings
 from pcr_export.errors import PcrExportError
 from pcr_export.models.content_hash import hash_content
-from pcr_export.models.denoiser import Denoiser
+from pcr_export.models.denoiser import Denoiser, noise_levels
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds
 from pcr_export.recipe import Recipe
+from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
 from pcr_export.sites import Layer
 from pcr_export.stages import Facts, Key, Stages
 
@@ -27,7 +28,7 @@ MEASURED_PIXELS = 2**18  # prompts that something is measured on, times height a
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One export: what, how and where to."""
+    """One export: what, how and where to. Raises PcrExportError where a relaxed step is none of the denoiser's."""
 
     denoiser: Denoiser
     recipe: Recipe
@@ -42,6 +43,12 @@ class Job:
     validate: bool = True
     track: Track = silent
     log: Callable[[str], None] = field(default=lambda _line: None)
+
+    def __post_init__(self) -> None:
+        if searched_mean_bits(self.recipe.relax, self.recipe.relax_bits) is None:
+            parse_relaxed_steps(
+                self.recipe.relax, len(noise_levels(self.denoiser.timesteps))
+            )  # before anything is calibrated
 
     def within_calib_size(self) -> Job:
         """The job with recipe.calib_size of its conditions, drawn as prompts are; all, in their order, where there are no more."""

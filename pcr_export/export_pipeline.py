@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from pcr_export.export_validation import validate_artifact
 from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
 from pcr_export.models.catalog import read_json
-from pcr_export.models.content_hash import hash_content
 from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.hash_weights import hash_weights
 from pcr_export.models.load import LoadedModel, load_model
@@ -48,6 +46,7 @@ from pcr_export.stages import Facts, Key, key_hash
 
 PARTS_PROMPTS = 8  # that smaller text encoders and VAE are measured with
 TWICE_DB = 6.1  # twice the error in PSNR
+SAMPLING = ("num_inference_steps", "guidance_scale", "guidance_rescale")  # settings of the recipe, beside the scheduler
 MOST_PSNR_DB = 40.0  # asked of an image painted again: an error of 2.5 of 255 levels, which nobody sees
 
 
@@ -124,7 +123,7 @@ def pipeline_job(model: LoadedModel, recipe: Recipe, prompts: Sequence[str], fol
         folder=folder,
         walk_key={
             "other parts": hash_weights(*(part for name, part in sorted(parts.items()) if name != "unet")),
-            "scheduler": json.dumps(dict(model.pipeline.scheduler.config), sort_keys=True, default=hash_content),
+            "scheduler": model.pipeline.scheduler.to_json_string(),  # its class, too: two can have equal settings
         },
     )
 
@@ -149,7 +148,7 @@ def _package_key(job: Job, exported: Exported, parts: str | None) -> Key:
         return {name: exported.key[name] for name in names}
     if parts is None:
         return {**{name: exported.key[name] for name in names}, "parts": "UNet alone"}
-    sampling = ("weights", "calibration set", "recipe num_inference_steps", "recipe guidance_scale")
+    sampling = ("weights", "calibration set", *(f"recipe {name}" for name in SAMPLING))
     sizes = ("recipe height", "recipe width")
     return {**{name: exported.key[name] for name in (*names, *sampling, *sizes)}, "parts": parts}
 
@@ -180,9 +179,7 @@ def _package(job: Job, model: LoadedModel, parts: str | None) -> Facts:
 def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[str], parts: str | None) -> Facts:
     """Images of the float model and of the exported folder, both kept by index, and their scores."""
     seeds = prompt_seeds(prompts, job.recipe.seed)
-    sampling = {
-        name: str(getattr(job.recipe, name)) for name in ("num_inference_steps", "guidance_scale", "height", "width")
-    }
+    sampling = {name: str(getattr(job.recipe, name)) for name in (*SAMPLING, "height", "width")}
     float_key = {
         **{name: exported.key[name] for name in ("weights", "torch", *job.walk_key)},
         "prompts": key_hash(

@@ -13,6 +13,7 @@ from typing import Any
 
 from pcr_export.errors import PcrExportError
 from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
+from pcr_export.scheduler_setting import parse_scheduler
 
 ESTIMATORS = ("mse", "minmax", "percentile")  # of ranges
 RANGES = (*ESTIMATORS, "auto")
@@ -22,6 +23,7 @@ WEIGHTS = ("rtn", "gptq", "adaround")
 FIRST_TOKEN = ("auto", "together", "apart")
 SKIPPED_BY_DEFAULT = ("conv_in", "conv_out")
 MOST_STEPS = 1000  # what the schedulers of diffusers were trained with
+MOST_CALLS_PER_STEP = 2  # DPM2 calls the network at a noise level in between, too; a job knows which there are
 MOST_DRAWS = 10**5  # of --observed-steps normal
 MOST_PIXELS = 2**14  # a side
 COUNTS = (
@@ -54,6 +56,8 @@ class Recipe:
     guidance_scale: float
     height: int  # pixels
     width: int  # pixels
+    scheduler: str | None = None  # NAME[:key=value,...] of diffusers; None: the model's own
+    guidance_rescale: float = 0.0  # 0..1 (arXiv 2305.08891); 0: not rescaled
     weight_bits: int = 8
     activation_bits: int = 8  # of every step; more than 8 are two digits, as on a relaxed step
     scheme: str = "progressive"  # how scales are found; the others are baselines
@@ -112,12 +116,21 @@ class Recipe:
             raise PcrExportError(f"--steps must be at most {MOST_STEPS}, got {self.num_inference_steps}")
         if not math.isfinite(self.guidance_scale):
             raise PcrExportError(f"--guidance-scale must be a finite number, got {self.guidance_scale}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise PcrExportError(f"--guidance-rescale must lie in [0, 1], got {self.guidance_rescale}")
+        if self.guidance_rescale and self.guidance_scale <= 1:
+            raise PcrExportError(
+                f"--guidance-rescale {self.guidance_rescale:g} needs guidance: give a --guidance-scale above 1"
+            )
+        if self.scheduler is not None:  # in its one spelling, which the hash is of
+            object.__setattr__(self, "scheduler", str(parse_scheduler(self.scheduler)))
         if not 9 <= self.relax_bits <= 16:
             raise PcrExportError(f"--relax-bits must lie in 9..16, got {self.relax_bits}")
         if not 50 < self.percentile <= 100:
             raise PcrExportError(f"--percentile must lie in (50, 100], got {self.percentile}")
         if searched_mean_bits(self.relax, self.relax_bits) is None:
-            parse_relaxed_steps(self.relax, self.num_inference_steps)
+            most = MOST_CALLS_PER_STEP * self.num_inference_steps
+            parse_relaxed_steps(self.relax, self.num_inference_steps, most=most)
         self._check_baseline()
         split_skip(self.skip)
         if parse_keep(self.keep) != (0, None) and self.weight_bits == 8:
@@ -154,6 +167,8 @@ LATER_SETTINGS = {  # that came after results were published, at the values that
     "adaround_iterations": 500,
     "lora": (),
     "first_token": "auto",  # the models of those results have no such token
+    "scheduler": None,
+    "guidance_rescale": 0.0,
 }
 
 

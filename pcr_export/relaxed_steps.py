@@ -12,8 +12,12 @@ _PART = re.compile(r"(\d{1,9})(?::(\d{1,9}))?")
 _SEARCHED = re.compile(r"auto:(\d+(?:\.\d+)?)")
 
 
-def parse_relaxed_steps(text: str, num_steps: int) -> tuple[int, ...]:
+def parse_relaxed_steps(text: str, num_steps: int, *, most: int | None = None) -> tuple[int, ...]:
     """The relaxed steps named by `text`, ascending; step 0 is the noisiest.
+
+    A step is a noise level that the network is called at, in descending order, whatever the order of the calls: a scheduler that
+    calls one twice (PNDM, Heun) has it once, one that calls levels in between (DPM2) has them, too. Where `num_steps` does not count
+    those, `most` says how many there may be.
 
     "none"; "first:20%" or "last:0.2" (a fraction of the steps, rounded to the nearest count); "0:4,17" (half-open
     intervals and single steps).
@@ -35,8 +39,8 @@ def parse_relaxed_steps(text: str, num_steps: int) -> tuple[int, ...]:
                 f"--relax {text} is not understood: write none, first:20%, last:20%, steps such as 0:4,17, or auto:8.4"
             )
         start = int(match[1])
-        steps.update(range(start, min(int(match[2]), num_steps + 1 + start) if match[2] else start + 1))
-    if steps and max(steps) >= num_steps:
+        steps.update(range(start, min(int(match[2]), (most or num_steps) + 1 + start) if match[2] else start + 1))
+    if steps and max(steps) >= (most or num_steps):
         raise PcrExportError(
             f"--relax {text} names step {max(steps)}, but the {num_steps} steps are 0 to {num_steps - 1}"
         )

@@ -199,6 +199,13 @@ def _weight_rows(report: Facts) -> list[tuple[str, str]]:
     ]
 
 
+def sampling_words(recipe: Facts) -> str:
+    """How a recipe, as JSON, samples: steps, the scheduler where one was asked for, and guidance."""
+    scheduler = f" of {recipe['scheduler']}" if recipe.get("scheduler") else ""
+    rescale = f" rescaled by {recipe['guidance_rescale']:g}" if recipe.get("guidance_rescale") else ""
+    return f"{recipe['num_inference_steps']} steps{scheduler}, guidance scale {recipe['guidance_scale']:g}{rescale}"
+
+
 def part_rows(parts: Facts) -> list[tuple[str, str]]:
     """Text encoders and VAE whose weights were to be stored smaller: the form that each has, and how far each form is from float32."""
     rows = []

@@ -13,10 +13,12 @@ from pcr_export.models.catalog import CatalogEntry, resolve
 from pcr_export.models.lora_file import parse_loras
 from pcr_export.prompts import own_prompt_sets, read_prompts
 from pcr_export.recipe import Recipe, parse_bits
+from pcr_export.scheduler_setting import parse_scheduler
 
 CALIBRATION_PIXELS_PER_CALL = 2**20  # prompts of one UNet call, times height and width
 VALIDATION_PIXELS = 2**19  # validation images, times height and width
 MOST_IMAGES = 128
+USUAL_GUIDANCE = 5.0  # stands in for a model's own while nothing is loaded
 PART_FORMS = ("fp32", "fp16", "int8")  # of the weights of text encoders and VAE, each smaller than the one before
 
 
@@ -29,6 +31,8 @@ class ExportRequest:
     bits: str
     steps: int | None
     guidance_scale: float | None
+    guidance_rescale: float | None
+    scheduler: str | None  # NAME[:key=value,...] of diffusers
     height: str | None  # pixels, or MIN:OPT:MAX of the engines; calibrated at OPT
     width: str | None
     backend: str
@@ -70,6 +74,8 @@ class ExportRequest:
         asked: dict[str, Any] = {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+            "scheduler": str(parse_scheduler(self.scheduler)) if self.scheduler is not None else None,
             "height": parse_range("--height", self.height)[1] if self.height else None,
             "width": parse_range("--width", self.width)[1] if self.width else None,
         }
@@ -114,7 +120,7 @@ class ExportRequest:
             replace(
                 entry,
                 num_inference_steps=entry.num_inference_steps or 1000,
-                guidance_scale=entry.guidance_scale or 0.0,
+                guidance_scale=USUAL_GUIDANCE if entry.guidance_scale is None else entry.guidance_scale,
                 height=entry.height or 512,
                 width=entry.width or 512,
             ),
@@ -145,6 +151,8 @@ class ExportRequest:
             guidance_scale=float(entry.guidance_scale or 0),
             height=int(entry.height or 0),
             width=int(entry.width or 0),
+            scheduler=entry.scheduler,
+            guidance_rescale=entry.guidance_rescale,
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             scheme=self.scheme,
@@ -179,7 +187,16 @@ class ExportRequest:
         """The plan for --dry-run, which loads no model: (setting, value)."""
         entry, (calibration, evaluation) = self.entry(), self.prompt_sets()
         own = "the model's own"
-        sampling = ("name", "source", "num_inference_steps", "guidance_scale", "height", "width")
+        sampling = (
+            "name",
+            "source",
+            "scheduler",
+            "num_inference_steps",
+            "guidance_scale",
+            "guidance_rescale",
+            "height",
+            "width",
+        )
         rows = [(name, own if (value := getattr(entry, name)) is None else str(value)) for name in sampling]
         asked = ("bits", "parts", "scheme", "ranges", "affine", "relax", "relax_bits", "seed")
         rows += [(name, own if (value := getattr(self, name)) is None else str(value)) for name in asked]

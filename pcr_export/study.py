@@ -17,7 +17,6 @@ from pcr_export.export_job import Exported
 from pcr_export.export_pipeline import pipeline_job
 from pcr_export.graph.to_onnx import trace_float_onnx
 from pcr_export.models.check_denoiser import EXAMPLE_CONDITIONS
-from pcr_export.models.content_hash import hash_content
 from pcr_export.models.hash_weights import hash_weights
 from pcr_export.models.load import LoadedModel
 from pcr_export.progress import Track, silent
@@ -82,7 +81,7 @@ class Study:
         names = ("unet", "text_encoder", "text_encoder_2", "vae")
         parts = [part for name in names if (part := getattr(pipeline, name, None)) is not None]
         sampling = {name: value for name, value in asdict(settings_of(self.base)).items() if name != "lora"}
-        scheduler = json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=hash_content)
+        scheduler = pipeline.scheduler.to_json_string()  # its class, too
         return key_hash({"weights": hash_weights(*parts), "scheduler": scheduler, "sampling": json.dumps(sampling)})
 
     @functools.cached_property

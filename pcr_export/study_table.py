@@ -212,6 +212,8 @@ def base_recipe(name: str, model: LoadedModel, calib_size: int) -> Recipe:
         guidance_scale=float(entry.guidance_scale or 0),
         height=height,
         width=width,
+        scheduler=entry.scheduler,
+        guidance_rescale=entry.guidance_rescale,
         calib_size=calib_size,
         calib_batch=max(1, CALIBRATION_PIXELS_PER_CALL // (height * width)),
     )

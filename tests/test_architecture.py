@@ -58,7 +58,7 @@ ROWS = [
     ("models/",),
     ("report.py", "prompts.py", "prompt_sets.py"),
     ("recipe.py", "engine_settings.py"),
-    ("relaxed_steps.py", "step_scales.py", "sites.py", "progress.py", "manifest.py"),
+    ("relaxed_steps.py", "scheduler_setting.py", "step_scales.py", "sites.py", "progress.py", "manifest.py"),
     ("stages.py", "folder_lock.py", "path_inside.py"),
     ("errors.py", "__init__.py"),
 ]

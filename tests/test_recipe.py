@@ -35,6 +35,8 @@ def test_every_setting_changes_the_hash():
         "keep": "4",
         "lora": (LORA,),
         "first_token": "together",
+        "scheduler": "DDIMScheduler",
+        "guidance_rescale": 0.7,
     }
     companions = {
         "observed_steps": {"scheme": "static"},

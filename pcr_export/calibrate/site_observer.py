@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pcr_export.calibrate.ranges import ActivationHistogram, Quantizer, find_quantizer
 from pcr_export.errors import PcrExportError
-from pcr_export.models.denoiser import Denoiser
+from pcr_export.models.denoiser import Denoiser, noise_levels
 from pcr_export.recipe import Recipe
 from pcr_export.relaxed_steps import parse_relaxed_steps
 from pcr_export.sites import Layer
@@ -56,8 +56,8 @@ class Calibration:
         self.readers = {layer.name: layer.site for layer in layers if layer.site is not None}
         self.affine = {layer.site: layer.affine and recipe.affine for layer in layers if layer.site is not None}
         self.convolutions = {layer.site for layer in layers if layer.site is not None and layer.op == "Conv2d"}
-        self.timesteps = list(dict.fromkeys(denoiser.timesteps))  # of the table: a repeated timestep has one row
-        if self.timesteps != sorted(self.timesteps, reverse=True):
+        self.timesteps = noise_levels(denoiser.timesteps)  # of the table's rows
+        if denoiser.timesteps[0] < denoiser.timesteps[-1]:
             raise PcrExportError("the scheduler's timesteps do not descend: use another scheduler")
         relaxed = parse_relaxed_steps(recipe.relax, len(self.timesteps))
         self.bits = [

@@ -21,9 +21,9 @@ from pcr_export.deploy.refusals import INVERSION, Axes, GraphPart, check_inputs,
 from pcr_export.deploy.schedule import ScheduleWatch
 from pcr_export.engines.engine_folder import find_engine, tensorrt_onnx
 from pcr_export.engines.onnx_files import input_axes
-from pcr_export.engines.onnxruntime import RUN_ERRORS, OnnxRuntimeEngine, first_line
+from pcr_export.engines.onnxruntime import RUN_ERRORS, OnnxRuntimeEngine
 from pcr_export.engines.tensorrt_runner import TensorRtEngine
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, first_line
 from pcr_export.models.catalog import read_json
 from pcr_export.models.denoiser import Inputs
 from pcr_export.models.picture_sizes import check_picture_size, latent_factor

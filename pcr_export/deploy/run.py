@@ -10,10 +10,13 @@ import numpy as np
 from torch import nn
 
 from pcr_export.deploy.pipeline import load_exported_pipeline
+from pcr_export.manifest import check_exported_folder
 from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size
 from pcr_export.models.denoiser import sample
+from pcr_export.models.fetch import quiet
 from pcr_export.models.load import LoadedModel
 from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
+from pcr_export.models.schedulers import read_scheduler
 from pcr_export.qdiffbench.images import to_uint8
 from pcr_export.recipe import read_recipe
 
@@ -25,6 +28,8 @@ def generate(
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_rescale: float | None = None,
+    scheduler: str | None = None,
     negative_prompt: str = "",
     engine: str | None = None,
 ) -> np.ndarray:
@@ -32,27 +37,32 @@ def generate(
 
     Args:
         folder: what an export wrote.
-        steps, guidance_scale: None for those of the export's recipe.
+        steps, guidance_scale, guidance_rescale: None for those of the export's recipe.
+        scheduler: NAME[:key=value,...] of diffusers, with all else as the folder's has it; None for the folder's.
         engine: as `load_exported_pipeline` takes it.
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
-        PcrExportError: as `load_exported_pipeline` does.
+        PcrExportError: as `load_exported_pipeline` does, or the settings can't be sampled.
     """
-    model = load_exported_model(folder, engine=engine)
+    model = load_exported_model(folder, engine=engine, scheduler=scheduler)
     for text, what in ((prompt, "prompts"), (negative_prompt, "negative prompts")):
         warn_of_cut_prompts(tokenizers_of(model.pipeline), [text], what)
-    entry = model.entry
-    entry = replace(
-        entry,
-        num_inference_steps=entry.num_inference_steps if steps is None else steps,
-        guidance_scale=entry.guidance_scale if guidance_scale is None else guidance_scale,
-    )
+    entry = with_guidance(model.entry, guidance_scale, guidance_rescale)
+    if steps is not None:
+        entry = replace(entry, num_inference_steps=steps)
     denoiser = replace(model, entry=entry).denoiser(negative_prompt=negative_prompt)
     assert denoiser.decode is not None
     return to_uint8(denoiser.decode(sample(denoiser, denoiser, [prompt], [seed])))[0]
+
+
+def with_guidance(entry: CatalogEntry, scale: float | None, rescale: float | None = None) -> CatalogEntry:
+    """`entry` with another guidance scale and rescaling, None for its own; its own rescaling goes where guidance does."""
+    scale = entry.guidance_scale if scale is None else scale
+    own = entry.guidance_rescale if scale is not None and scale > 1 else 0.0
+    return replace(entry, guidance_scale=scale, guidance_rescale=own if rescale is None else rescale)
 
 
 def load_exported_model(
@@ -60,21 +70,27 @@ def load_exported_model(
     threads: int | None = None,
     *,
     engine: str | None = None,
+    scheduler: str | None = None,
     network: Callable[[str], nn.Module] | None = None,
 ) -> LoadedModel:
     """An exported folder as a model: its pipeline, and the sampling settings of its recipe (without one, its class's common ones).
 
     Args:
         threads, engine, network: as `load_exported_pipeline` takes them.
+        scheduler: as `generate` takes it.
 
     Raises:
-        PcrExportError: as `load_exported_pipeline` does, or the recipe is damaged.
+        PcrExportError: as `load_exported_pipeline` and `read_scheduler` do, or the recipe is damaged.
     """
+    check_exported_folder(folder)
+    with quiet():
+        walked = read_scheduler(folder, scheduler)  # before any network is read
     pipeline = load_exported_pipeline(folder, threads, engine=engine, network=network)
+    pipeline.register_modules(scheduler=walked)
     entry = CatalogEntry(name=folder.resolve().name, source=str(folder))
     if (folder / "recipe.json").is_file():
         recipe = read_recipe(folder)
-        names = ("num_inference_steps", "guidance_scale", "height", "width")
+        names = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width")
         entry = replace(entry, **{name: getattr(recipe, name) for name in names})
     filled = fill_in(
         entry,

@@ -17,8 +17,9 @@ COUNTED_FROM = 500.0  # timesteps of which the largest is smaller are no counts 
 class ScheduleWatch:
     """Sees the timesteps of one sampling after another.
 
-    A schedule ends where a timestep is larger than the one before. It is warned of once, at its first timestep that is neither
-    calibrated nor part of a schedule that was sampled before. Part of the calibrated schedule, as image-to-image walks it, is none.
+    A schedule ends where a timestep is larger than the one before, by more than rounding. It is warned of once, at its first timestep
+    that is neither calibrated nor part of a schedule that was sampled before. Part of the calibrated schedule, as image-to-image
+    walks it, is none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +36,7 @@ class ScheduleWatch:
         """Take note of a call, and warn with a ScheduleWarning where its schedule is a new one."""
         if self.calibrated is None:
             return
-        self.warned = self.warned and timestep <= self.last
+        self.warned = self.warned and timestep <= self.last + ROUNDING
         self.last = timestep
         if timestep in self.seen or np.abs(self.calibrated - np.float32(timestep)).min() <= self.rounding:
             return

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pcr_export.deploy.run import load_exported_model
+from pcr_export.deploy.run import load_exported_model, with_guidance
 from pcr_export.deploy.triton_networks import CallModel, served_network
 from pcr_export.engines.onnxruntime import RUN_ERRORS
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, first_line
 from pcr_export.models.load import LoadedModel, quiet
 from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
 from pcr_export.qdiffbench.images import to_uint8
@@ -121,8 +121,7 @@ def paint_requests(
         except PcrExportError as error:
             errors |= dict.fromkeys(owners, error)
         except (*RUN_ERRORS, MemoryError) as error:
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            errors |= dict.fromkeys(owners, PcrExportError(f"the image can't be painted: {reason}"))
+            errors |= dict.fromkeys(owners, PcrExportError(f"the image can't be painted: {first_line(error)}"))
         else:
             painted |= dict(zip(places, images, strict=True))
     for owner in range(len(requests)):
@@ -138,7 +137,7 @@ def paint_requests(
 def _paint(model: LoadedModel, pictures: Sequence[Picture], abandoned: Callable[[], bool]) -> np.ndarray:
     """uint8 [images, height, width, 3] of pictures that differ in prompt and seed only."""
     first = pictures[0]
-    entry = replace(model.entry, num_inference_steps=first.steps, guidance_scale=first.guidance_scale)
+    entry = replace(with_guidance(model.entry, first.guidance_scale), num_inference_steps=first.steps)
     denoiser = replace(model, entry=entry).denoiser(negative_prompt=first.negative_prompt)
     assert denoiser.decode is not None
     prompts = [picture.prompt for picture in pictures]

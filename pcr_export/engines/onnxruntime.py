@@ -11,7 +11,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from pcr_export.engines.latency import Latency, measure_latency
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, first_line
 
 QUIET = 3  # onnxruntime's log level for errors
 LOAD_ERRORS = (
@@ -99,8 +99,3 @@ def _has_vnni() -> bool:
     """Whether the processor is known to multiply u8 x s8 exactly; only Linux tells."""
     information = Path("/proc/cpuinfo")
     return information.exists() and "vnni" in information.read_text("utf-8", "replace")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says that holds anything."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -46,7 +46,8 @@ class CatalogEntry:
     relaxed_end: Literal["first", "last"] | None = None  # which end of the trajectory PCR relaxes
     height: int | None = None  # pixels
     width: int | None = None  # pixels
-    scheduler: str | None = None  # a scheduler class of diffusers; None: the pipeline's own
+    scheduler: str | None = None  # NAME[:key=value,...] of diffusers; None: the pipeline's own
+    guidance_rescale: float = 0.0  # 0..1 (arXiv 2305.08891); 0: not rescaled
     unet: str | None = None  # hub id of a UNet that replaces the pipeline's
     revision: str | None = None
     variant: str | None = None  # of the weight files, e.g. fp16

@@ -47,6 +47,14 @@ def noisy_input(denoiser: Denoiser, inputs: Inputs) -> str:
     return names[0] if names else next(iter(denoiser.dynamic_axes))
 
 
+def noise_levels(timesteps: Sequence[float]) -> list[float]:
+    """The steps of a walk, noisiest first, whatever the order that it calls them in (DPM2 rounds some past the one before).
+
+    A repeated timestep is one step. A step is a row of the table of scales, and what `relax` counts.
+    """
+    return sorted(set(timesteps), reverse=True)
+
+
 @torch.inference_mode()
 def sample(
     denoiser: Denoiser, call: Callable[[Inputs], Tensor], conditions: Sequence[Any], seeds: Sequence[int]

@@ -9,14 +9,15 @@ from typing import Any
 import diffusers
 import torch
 
-from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size, read_model_index, resolve
+from pcr_export.errors import PcrExportError, first_line
+from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size, read_json, read_model_index, resolve
 from pcr_export.models.check_configs import check_configs
 from pcr_export.models.check_folder import check_folder, weight_variant
 from pcr_export.models.denoiser import Denoiser
 from pcr_export.models.fetch import fetch_folder, fetch_unet, fetch_unet_config, quiet
 from pcr_export.models.fuse_lora import fuse_lora
 from pcr_export.models.pipelines import Pipeline, denoiser_from_pipeline
+from pcr_export.models.schedulers import check_walk, read_scheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class LoadedModel:
             height=entry.height,
             width=entry.width,
             negative_prompt=negative_prompt,
+            guidance_rescale=entry.guidance_rescale,
         )
 
 
@@ -82,11 +84,9 @@ def load_float_pipeline(entry: CatalogEntry) -> Pipeline:
     folder = Path(entry.source) if entry.is_local else fetch_folder(entry)
     check_folder(folder)
     check_configs(folder, entry, None if entry.unet is None else fetch_unet_config(entry.unet, entry))
-    pipeline = _read_pipeline(folder)
+    pipeline = _read_pipeline(folder, _read_scheduler(folder, entry))
     if entry.unet is not None:
         pipeline.register_modules(unet=fetch_unet(entry.unet, entry))
-    if entry.scheduler is not None:
-        pipeline.register_modules(scheduler=make_scheduler(entry.scheduler, pipeline.scheduler))
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     for name, part in parts.items():
         _check_finite(part.float(), name, folder)
@@ -105,22 +105,21 @@ def _check_finite(part: torch.nn.Module, name: str, folder: Path) -> None:
             raise PcrExportError(f"{folder}: {name}.{weight} holds NaN or infinite values: fetch the folder again")
 
 
-def make_scheduler(name: str, like: Any) -> Any:
-    """A scheduler of diffusers by its class name, with the noise schedule of the scheduler `like`.
+def _read_scheduler(folder: Path, entry: CatalogEntry) -> Any:
+    """The scheduler that `entry` is sampled with, walked once; PcrExportError where it or its steps can't be sampled."""
+    with quiet():
+        scheduler = read_scheduler(folder, entry.scheduler)
+    class_name = read_model_index(folder)["_class_name"]
+    few_steps = (
+        type(scheduler).__name__ == "LCMScheduler"
+        or read_json(folder / "unet" / "config.json").get("time_cond_proj_dim") is not None
+    )
+    steps = fill_in(entry, class_name=class_name, own_size=(8, 8), few_steps=few_steps).num_inference_steps
+    check_walk(scheduler, int(steps or 0), getattr(diffusers, class_name))
+    return scheduler
 
-    Raises:
-        PcrExportError: diffusers has no such scheduler, or it is none that `like` can stand in for.
-    """
-    compatible = sorted({cls.__name__ for cls in like.compatibles} | {"LCMScheduler"})
-    if name not in compatible:
-        raise PcrExportError(
-            f"scheduler {name!r} can't replace {type(like).__name__}: choose one of {', '.join(compatible)}"
-        )
-    scheduler: Any = getattr(diffusers, name)
-    return scheduler.from_config(like.config)
 
-
-def _read_pipeline(folder: Path) -> Pipeline:
+def _read_pipeline(folder: Path, scheduler: Any) -> Pipeline:
     index = read_model_index(folder)
     # The safety checker is no part of what is exported; leaving it out saves reading 1.2 GB.
     unused: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -134,15 +133,11 @@ def _read_pipeline(folder: Path) -> Pipeline:
                 use_safetensors=True,
                 variant=weight_variant(folder),
                 local_files_only=True,
+                scheduler=scheduler,
                 **options,
             )
     except Exception as error:  # whatever damaged files make of two libraries, tokenizers' bare Exception too
         raise PcrExportError(
-            f"{folder} can't be loaded as a {index['_class_name']} ({_first_line(error)}): fetch it again"
+            f"{folder} can't be loaded as a {index['_class_name']} ({first_line(error)}): fetch it again"
         ) from error
     return pipeline
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(" .:")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs, Walk
 from pcr_export.models.picture_sizes import check_picture_size, size_factor
+from pcr_export.models.schedulers import check_walk, make_scheduler, start, step_arguments
 from pcr_export.prompts import check_prompt
 
 Pipeline = Any  # a StableDiffusionPipeline or a StableDiffusionXLPipeline, whose parts diffusers leaves untyped
@@ -32,6 +33,7 @@ class Sampling:
     height: int  # pixels
     width: int  # pixels
     negative_prompt: str = ""  # empty: the pipeline's own empty prompt
+    guidance_rescale: float = 0.0  # phi of arXiv 2305.08891, section 3.4, in 0..1; 0: guidance as it is
 
 
 def denoiser_from_pipeline(
@@ -43,49 +45,57 @@ def denoiser_from_pipeline(
     width: int,
     scheduler: Any = None,
     negative_prompt: str = "",
+    guidance_rescale: float = 0.0,
 ) -> Denoiser:
     """The pipeline's UNet with its trajectory: walked with the UNet itself it gives the latents of `pipeline(prompts, ...)`.
 
     Args:
         pipeline: float32, of any SD 1.x, SD 2.x or SDXL model.
         height, width: pixels.
-        scheduler: a scheduler of diffusers; None: the pipeline's. It is copied for each walk.
+        scheduler: a scheduler of diffusers, or NAME[:key=value,...] for one with the noise schedule of the pipeline's; None: the
+            pipeline's own. It is copied for each walk.
         negative_prompt: empty for the pipeline's own empty prompt.
+        guidance_rescale: 0..1, as diffusers' pipelines take it: how far the guided output is brought back to the deviation of the
+            conditional one.
 
     Raises:
-        PcrExportError: the steps or the picture's size can't be sampled.
+        PcrExportError: the steps, the scheduler, the guidance or the picture's size can't be sampled.
     """
     check_picture_size(height, width, size_factor(pipeline.unet.config, pipeline.vae_scale_factor))
-    if num_inference_steps < 1:
-        raise PcrExportError(f"{num_inference_steps} steps can't be sampled: give 1 or more")
-    if not math.isfinite(guidance_scale):
-        raise PcrExportError(f"a guidance scale of {guidance_scale} can't be sampled: give a finite number")
+    check_guidance(pipeline, guidance_scale, guidance_rescale)
+    if isinstance(scheduler, str):
+        own = pipeline.scheduler
+        scheduler = make_scheduler(scheduler, own.config, type(own).__name__, type(pipeline))
     scheduler = copy.deepcopy(scheduler or pipeline.scheduler)
-    most = scheduler.config.num_train_timesteps
-    if num_inference_steps > most:
-        raise PcrExportError(f"{num_inference_steps} steps can't be sampled: the scheduler knows {most}, give fewer")
-    try:
-        scheduler.set_timesteps(num_inference_steps)
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
-        name = type(scheduler).__name__
-        raise PcrExportError(
-            f"{num_inference_steps} steps can't be sampled by {name} ({error}): give another number, or mend its configuration"
-        ) from error
+    timesteps = check_walk(scheduler, num_inference_steps, type(pipeline))
     sampling = Sampling(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         height=height,
         width=width,
         negative_prompt=negative_prompt,
+        guidance_rescale=guidance_rescale,
     )
     return Denoiser(
         network=pipeline.unet,
         call=call_unet,
         walk=partial(walk_pipeline, pipeline, scheduler, sampling),
-        timesteps=tuple(float(timestep) for timestep in scheduler.timesteps),
+        timesteps=timesteps,
         dynamic_axes=unet_axes(pipeline),
         decode=partial(decode_latents, pipeline.vae),
     )
+
+
+def check_guidance(pipeline: Pipeline, guidance_scale: float, guidance_rescale: float) -> None:
+    """Raise PcrExportError where a guidance scale or its rescaling can't be sampled, or the rescaling would change nothing."""
+    if not math.isfinite(guidance_scale):
+        raise PcrExportError(f"a guidance scale of {guidance_scale} can't be sampled: give a finite number")
+    if not 0 <= guidance_rescale <= 1:
+        raise PcrExportError(f"a guidance rescale of {guidance_rescale} can't be sampled: give a number from 0 to 1")
+    if guidance_rescale and not uses_guidance(pipeline, guidance_scale):
+        raise PcrExportError(
+            f"a guidance rescale of {guidance_rescale:g} changes nothing without guidance: give a guidance scale above 1, or 0 for it"
+        )
 
 
 def unet_axes(pipeline: Pipeline) -> Mapping[str, Mapping[int, str]]:
@@ -143,19 +153,31 @@ def walk_pipeline(
     guided = uses_guidance(pipeline, sampling.guidance_scale)
     conditions = encode_conditions(pipeline, sampling, list(prompts), guided)
     device = conditions["encoder_hidden_states"].device
-    scheduler.set_timesteps(sampling.num_inference_steps, device=device)
+    start(scheduler, sampling.num_inference_steps, type(pipeline), device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = initial_noise(pipeline, sampling, generators, device) * scheduler.init_noise_sigma
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    noise_source: dict[str, Any] = {"generator": generators} if takes_generator else {}
+    arguments = step_arguments(scheduler, generators)
     for timestep in scheduler.timesteps:
         sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
         output = yield {"sample": sample, "timestep": timestep.to(device, torch.float32), **conditions}
-        if guided:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + sampling.guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(output, timestep, latents, **noise_source, return_dict=False)[0]
+        latents = scheduler.step(
+            guide(output, sampling) if guided else output, timestep, latents, **arguments, return_dict=False
+        )[0]
     return latents
+
+
+def guide(output: Tensor, sampling: Sampling) -> Tensor:
+    """The guided output, [batch, ...], of the unconditional and the conditional one, [2 batch, ...].
+
+    Where sampling.guidance_rescale phi is not 0 (arXiv 2305.08891, section 3.4), std over all axes but the batch:
+
+        e = e_u + w (e_c - e_u),    phi e std(e_c) / std(e) + (1 - phi) e
+    """
+    unconditional, conditional = output.chunk(2)
+    guided: Tensor = unconditional + sampling.guidance_scale * (conditional - unconditional)
+    if sampling.guidance_rescale > 0:
+        guided = rescale_noise_cfg(guided, conditional, guidance_rescale=sampling.guidance_rescale)
+    return guided
 
 
 def uses_guidance(pipeline: Pipeline, guidance_scale: float) -> bool:

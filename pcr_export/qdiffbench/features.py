@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.utils import cached_file
 
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, first_line
 from pcr_export.models.catalog import read_json
 from pcr_export.models.fetch import quiet
 from pcr_export.stages import hash_file
@@ -272,7 +272,7 @@ def _load_clip(clip: str | Path) -> Clip:
     try:
         return Clip(clip, clip, clip, name=Path(clip).name if Path(clip).is_dir() else str(clip))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise PcrExportError(f"CLIP {clip} can't be loaded ({reason}): give its folder with --clip") from error
 
 

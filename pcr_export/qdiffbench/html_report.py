@@ -17,7 +17,7 @@ from pcr_export.qdiffbench.page import Chart, Section, Table, write_page
 from pcr_export.qdiffbench.report_figures import draw_bits, draw_error_by_step, draw_scales, draw_sensitivity
 from pcr_export.qdiffbench.scores import PerImage
 from pcr_export.relaxed_steps import format_steps
-from pcr_export.report import check_format, engine_memory, summary_rows
+from pcr_export.report import check_format, engine_memory, sampling_words, summary_rows
 from pcr_export.step_scales import StepScales, read_step_scales
 
 NAME = "report.html"
@@ -79,7 +79,7 @@ def _summary(report: Facts, recipe: Facts, scales: StepScales, relaxed: Sequence
     rows = dict(summary_rows({**report, "fidelity": None, "quality": None}))
     return [
         ("image", f"{recipe['width']} x {recipe['height']} pixels"),
-        ("sampling", f"{recipe['num_inference_steps']} steps, guidance scale {recipe['guidance_scale']:g}"),
+        ("sampling", sampling_words(recipe)),
         ("scales", f"{recipe['scheme']}, ranges by {recipe['ranges']}"),
         ("relaxed steps", f"{format_steps(relaxed)}; {scales.bits.mean():.2f} activation bits on average"),
         *((name, value) for name, value in rows.items() if name not in ("model", "relaxed steps")),

@@ -72,18 +72,21 @@ class ModelSettings:
     guidance_scale: float
     height: int  # pixels
     width: int  # pixels
+    guidance_rescale: float = 0.0
+    scheduler: str | None = None  # None: the model's own
     lora: tuple[LoraFile, ...] = ()  # fused into it
 
     def load(self) -> Denoiser:
         """The float model as a Denoiser."""
-        names = ("num_inference_steps", "guidance_scale", "height", "width")
+        names = ("num_inference_steps", "guidance_scale", "height", "width", "guidance_rescale")
         entry = replace(resolve(self.model), lora=self.lora, **{name: getattr(self, name) for name in names})
+        entry = entry if self.scheduler is None else replace(entry, scheduler=self.scheduler)
         return load_model(entry).denoiser()
 
 
 def settings_of(recipe: Recipe) -> ModelSettings:
     """The model of a recipe and how it is sampled."""
-    names = ("model", "num_inference_steps", "guidance_scale", "height", "width")
+    names = ("model", "num_inference_steps", "guidance_scale", "height", "width", "guidance_rescale", "scheduler")
     return ModelSettings(**{name: getattr(recipe, name) for name in names})
 
 

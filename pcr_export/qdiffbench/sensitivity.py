@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pcr_export.models.denoiser import Denoiser, Inputs, sample
+from pcr_export.models.denoiser import Denoiser, Inputs, noise_levels, sample
 from pcr_export.progress import Track, silent
 from pcr_export.stages import Facts, Key, Stages
 
@@ -97,7 +97,7 @@ class RelaxTrial:
         seeds: Sequence[int],
         track: Track = silent,
     ) -> None:
-        self.timesteps = tuple(dict.fromkeys(denoiser.timesteps))  # of the steps: a repeated timestep is one step
+        self.timesteps = tuple(noise_levels(denoiser.timesteps))  # of the steps
         self.prompts = len(conditions)
         self._denoiser = denoiser
         self._plain = plain

@@ -190,6 +190,25 @@ def test_a_repeated_timestep_is_observed_once():
     assert len(sizes) == 1 + num_unet_calls(timesteps, 2)
 
 
+@pytest.mark.parametrize("scheme", ["progressive", "float-trajectory", "static"])
+def test_rows_descend_though_the_walk_does_not(scheme):
+    """DPM2 ancestral: a level of the walk may lie above the one before. A row is of its timestep; relaxed are the noisiest."""
+    timesteps = (3.0, 1.9, 2.0, 2.0, 1.0)
+    denoiser = class_conditional_denoiser()
+
+    def walk(labels, seeds):
+        inputs = next(denoiser.walk(labels, seeds))
+        for timestep in timesteps:
+            inputs = {**inputs, "t": torch.tensor(timestep)}
+            inputs["x"] = inputs["x"] - 0.1 * (yield inputs)
+        return inputs["x"]
+
+    inverted = dataclasses.replace(denoiser, walk=walk, timesteps=timesteps)
+    scales = run(inverted, scheme=scheme, relax="0:2")
+    assert scales.timesteps.tolist() == [3.0, 2.0, np.float32(1.9), 1.0]
+    assert (scales.bits > 8).tolist() == [True, True, False, False]
+
+
 def test_rising_timesteps_are_refused():
     denoiser = dataclasses.replace(class_conditional_denoiser(), timesteps=(100.0, 300.0))
     with pytest.raises(PcrExportError, match="do not descend"):

@@ -70,6 +70,14 @@ def test_times_that_are_no_counts_have_a_rounding_of_their_own_scale(
     assert len(warnings_of(watch, *other)) == 1
 
 
+def test_a_schedule_that_does_not_quite_descend_is_one_schedule(tmp_path: Path) -> None:
+    """DPM2 ancestral rounds the timestep of a whole step, but not that of the half step before it."""
+    write_scales(tmp_path)
+    other = (951.0, 785.95, 786.0, 427.49, 427.6, 58.9, 59.0)
+    assert len(warnings_of(ScheduleWatch(tmp_path), *other)) == 1
+    assert len(warnings_of(ScheduleWatch(tmp_path), *other[:3], *(timestep - 5 for timestep in other))) == 2
+
+
 def test_a_float_graph_has_no_calibrated_schedule(tmp_path: Path) -> None:
     assert warnings_of(ScheduleWatch(tmp_path), 5.0) == []
 
