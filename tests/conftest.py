@@ -9,6 +9,7 @@ from shared_folder import make_once
 LONGEST_FIRST = (  # the first two export what others share; a long file at the end would leave one worker alone with it
     "deploy/test_exported_graphs.py",
     "deploy/test_folder.py",
+    "test_hub_cache.py",
     "graph/test_quantize.py",
     "deploy/test_pipeline.py",
     "test_cli.py",
@@ -40,8 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_xdist_auto_num_workers() -> int:
-    """A worker for each core that this process may use; pytest-xdist would count those of the machine."""
-    return len(os.sched_getaffinity(0))
+    """A worker for each core that this process may use, where it has 2 GiB; pytest-xdist would count the cores of the machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // 2**31))
 
 
 @pytest.hookimpl(optionalhook=True)
