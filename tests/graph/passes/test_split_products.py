@@ -19,6 +19,9 @@ from pcr_export.models.denoiser import Denoiser
 
 TIMESTEPS = (900.0, 100.0)
 WIDTH, TOKENS = 8, 12
+# The artifact against the simulation: one activation of 400 on the other side of a rounding edge, which another CPU's gelu may put
+# there, costs its unit: some 55 dB. The wrong rows of the weights have 23.
+FLIPS_DB = 40
 Forward = Callable[["Network", Tensor], Tensor]
 
 
@@ -92,13 +95,13 @@ def test_a_part_of_a_part_has_its_own_rows_of_the_weights(tmp_path: Path, betwee
     middle = {chunk_of_a_chunk: 12, chunks_three_deep: 14}[between]
     distance, report = quantized_distance(between, middle, tmp_path)
     assert report.rewrites["SplitGated"] == cuts
-    assert distance > 60  # right rows: a value that falls to the other side of a rounding edge at most
+    assert distance > FLIPS_DB
 
 
 @pytest.mark.parametrize("between", [attention_of_heads, attention_in_windows])
 def test_heads_are_joined_where_every_token_sees_every_other(tmp_path: Path, between: Forward) -> None:
     distance, report = quantized_distance(between, 8, tmp_path)
     assert report.rewrites["FlattenAttention"] == (between is attention_of_heads)
-    assert distance > 60
+    assert distance > FLIPS_DB
     operators = [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]
     assert operators.count("Attention") == 1
