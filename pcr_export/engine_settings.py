@@ -35,6 +35,15 @@ class EngineSettings:
         """Whether TensorRT's dialect of the graph is asked for."""
         return self.backend != "onnxruntime"
 
+    def check_picture_sizes(self, unit: int) -> None:
+        """Raise PcrExportError where a height or width, MIN and MAX too, is no multiple of `unit` (pixels, of the UNet and its VAE)."""
+        for name in ("height", "width"):
+            for value in getattr(self, name) or ():
+                if value % unit:
+                    raise PcrExportError(
+                        f"--{name} {value} is no size of this model's pictures: use multiples of {unit}"
+                    )
+
     def axes(self, sizes: Mapping[str, int], pixels: Mapping[str, int], conditions: int) -> dict[str, Range]:
         """Minimum, optimum and maximum of each symbolic axis of the network's inputs.
 

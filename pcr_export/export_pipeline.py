@@ -27,6 +27,7 @@ from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.hash_weights import hash_weights
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
+from pcr_export.models.picture_sizes import size_factor
 from pcr_export.progress import Track
 from pcr_export.prompts import choose_prompts, prompt_seeds
 from pcr_export.qdiffbench.features import own_extractors
@@ -97,6 +98,7 @@ def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], No
     check_engines(engines)
     make_folder(request.folder())
     model = load_model(request.entry())
+    engines.check_picture_sizes(size_factor(model.pipeline.unet.config, model.pipeline.vae_scale_factor))
     calibration, evaluation = request.prompt_sets()
     recipe = request.recipe(model.entry, len(calibration))
     job = replace(

@@ -25,6 +25,14 @@ def test_a_size_between_two_latents_is_refused():
         EngineSettings(backend="tensorrt-rtx", height=(1001, 1024, 1024)).axes(SIZES, PIXELS, 2)
 
 
+@pytest.mark.parametrize("height", [(512, 512, 680), (448, 512, 512 + 63), (32, 64, 64)])
+def test_the_ends_of_a_range_are_sizes_of_the_unet(height):
+    """Which halves latents of 8 pixels three times; this is told before calibration."""
+    with pytest.raises(PcrExportError, match=r"--height \d+ is no size of this model's pictures: use multiples of 64"):
+        EngineSettings(backend="tensorrt-rtx", height=height).check_picture_sizes(64)
+    EngineSettings(backend="tensorrt-rtx", height=(512, 768, 1024), width=None).check_picture_sizes(64)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("2", (2, 2, 2)), ("1:2:4", (1, 2, 4)), ("1 : 1 : 1", (1, 1, 1))])
 def test_ranges_are_read(text, expected):
     assert parse_range("--batch", text) == expected

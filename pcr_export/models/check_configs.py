@@ -164,7 +164,7 @@ def _width_faults(configs: Configs) -> list[str]:
             "they are no pair, fetch the folder again"
         )
     if configs.is_xl and unet["addition_embed_type"] == "text_time":
-        given = TIME_IDS * (unet["addition_time_embed_dim"] or 0) + configs.texts[-1].projection_dim
+        given = TIME_IDS * (unet["addition_time_embed_dim"] or 0) + (configs.texts[-1].projection_dim or 0)
         wanted_added = unet["projection_class_embeddings_input_dim"]
         if given != wanted_added:
             faults.append(

@@ -72,7 +72,10 @@ def _cached_folder(entry: CatalogEntry, error: Exception) -> Path:
     except HUB_ERRORS:
         raise _unreachable(entry, entry.source, error) from error
     if not (Path(folder) / "model_index.json").is_file():
-        raise _unreachable(entry, entry.source, error) from error
+        raise PcrExportError(
+            f"{entry.name}: {entry.source} has no model_index.json in the local cache ({folder}), so it is no pipeline of diffusers: "
+            "`pcr-export` on that folder tells what it is"
+        ) from error
     try:
         check_folder(Path(folder))
     except PcrExportError as fault:
@@ -109,6 +112,8 @@ def fetch_unet(hub_id: str, entry: CatalogEntry) -> Any:
 def _unreachable(entry: CatalogEntry, hub_id: str, error: Exception, why: str | None = None) -> PcrExportError:
     if isinstance(error, RepositoryNotFoundError) or isinstance(error.__cause__, RepositoryNotFoundError):
         why = why or "the hub has no such repository, or asks for `hf auth login` first"
+    elif isinstance(error, OSError) and error.strerror:
+        why = why or error.strerror  # of this machine, such as a full disk
     elif "safetensors" in str(error):
         why = why or "it has no weights as safetensors"
     folder = f"./{hub_id.split('/')[1]}"

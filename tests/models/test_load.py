@@ -199,6 +199,15 @@ def test_a_cache_that_was_not_filled(hub: Path, sd: Path) -> None:
         load_denoiser("org/tiny")
 
 
+def test_a_repository_that_holds_a_single_file(hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    save_file({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "source" / "model.safetensors")
+    snapshot = cache_of(hub, "org/single", tmp_path / "source")
+    with pytest.raises(PcrExportError, match=r"org/single has no model_index\.json in the local cache") as caught:
+        load_denoiser("org/single")
+    assert str(snapshot) in str(caught.value)
+
+
 @pytest.mark.parametrize("revision", ["f" * 40, "next"])
 def test_a_revision(hub: Path, sd: Path, copy: Path, revision: str) -> None:
     index = copy / "unet" / "config.json"
