@@ -193,7 +193,7 @@ def test_a_repeated_timestep_is_observed_once():
 @pytest.mark.parametrize("scheme", ["progressive", "float-trajectory", "static"])
 def test_rows_descend_though_the_walk_does_not(scheme):
     """DPM2 ancestral: a level of the walk may lie above the one before. A row is of its timestep; relaxed are the noisiest."""
-    timesteps = (3.0, 1.9, 2.0, 2.0, 1.0)
+    timesteps = (3.0, 1.75, 2.0, 2.0, 1.0)
     denoiser = class_conditional_denoiser()
 
     def walk(labels, seeds):
@@ -205,7 +205,7 @@ def test_rows_descend_though_the_walk_does_not(scheme):
 
     inverted = dataclasses.replace(denoiser, walk=walk, timesteps=timesteps)
     scales = run(inverted, scheme=scheme, relax="0:2")
-    assert scales.timesteps.tolist() == [3.0, 2.0, np.float32(1.9), 1.0]
+    assert scales.timesteps.tolist() == [3.0, 2.0, 1.75, 1.0]
     assert (scales.bits > 8).tolist() == [True, True, False, False]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -10,20 +11,23 @@ import numpy as np
 import pytest
 import torch
 from deploy.conftest import ExportedFolder
+from diffusers import DPMSolverMultistepScheduler
 from engines.small_qdq import save_small_graph
 
 from pcr_export.deploy.parts import ExportedUnet
 from pcr_export.deploy.pipeline import load_exported_pipeline, load_pipeline
-from pcr_export.deploy.run import generate, load_exported_model
+from pcr_export.deploy.run import generate, load_exported_model, with_guidance
 from pcr_export.engines.build_request import BuildRequest
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.flavours import gpu_target
 from pcr_export.engines.onnx_files import input_axes
 from pcr_export.engines.tensorrt import build_engine
 from pcr_export.errors import PcrExportError, PromptWarning
+from pcr_export.models.catalog import CatalogEntry
 from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.pipelines import denoiser_from_pipeline
 from pcr_export.recipe import Recipe
+from pcr_export.scheduler_setting import INSTEAD
 
 PROMPTS, SEEDS = ["a red circle", "a star"], [5, 6]
 # float32: sums of up to 1152 in another order than torch's (7e-5 of their values, which are of order 1), guided: 5 + 4 times that
@@ -217,3 +221,52 @@ def test_any_network_stands_in_for_the_unet(sdxl: ExportedFolder) -> None:
     assert (seen[0]["timestep"].dtype, seen[0]["timestep"].shape) == (torch.float32, ())
     assert output.dtype == sample.dtype
     assert torch.equal(output, sample)
+
+
+def set_global_random_state(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.mark.filterwarnings("ignore::pcr_export.errors.ScheduleWarning")
+@pytest.mark.parametrize("scheduler", [None, "EulerAncestralDiscreteScheduler", INSTEAD["DPMSolverSDEScheduler"][1]])
+def test_the_same_seed_gives_the_same_image(sdxl: ExportedFolder, scheduler: str | None) -> None:
+    images = []
+    for state in (1, 2):
+        set_global_random_state(state)
+        images.append(generate(sdxl.folder, "a star", seed=3, steps=3, scheduler=scheduler))
+    assert np.array_equal(*images)
+
+
+@pytest.mark.filterwarnings("ignore::pcr_export.errors.ScheduleWarning")
+def test_generate_with_another_scheduler_and_rescaled_guidance(sdxl: ExportedFolder) -> None:
+    asked = {"timestep_spacing": "trailing", "use_karras_sigmas": True}
+    pipeline = load_pipeline(sdxl.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **asked)
+    kwargs = {"guidance_scale": 5.0, "height": 16, "width": 16, "generator": torch.Generator().manual_seed(3)}
+    (image,) = pipeline("a star", num_inference_steps=3, guidance_rescale=0.7, output_type="np", **kwargs).images
+    drawn = generate(
+        sdxl.folder,
+        "a star",
+        seed=3,
+        steps=3,
+        guidance_rescale=0.7,
+        scheduler="DPMSolverMultistepScheduler:timestep_spacing=trailing,use_karras_sigmas=true",
+    )
+    assert np.array_equal(drawn, (image * 255).round().astype(np.uint8))
+
+
+def test_a_scheduler_is_refused_before_networks_are_read(copy: Path) -> None:
+    (copy / "unet" / "model.onnx").write_bytes(b"")
+    with pytest.raises(PcrExportError, match="EulerDiscreteScheduler has no karras: choose of"):
+        generate(copy, "a star", scheduler="EulerDiscreteScheduler:karras=true")
+
+
+def test_rescaling_of_the_recipe_goes_where_guidance_does() -> None:
+    entry = CatalogEntry(name="a", source="a", guidance_scale=5.0, guidance_rescale=0.7)
+    assert with_guidance(entry, None).guidance_rescale == 0.7
+    assert with_guidance(entry, 1.0).guidance_rescale == 0.0
+    assert with_guidance(entry, 1.0, 0.5).guidance_rescale == 0.5  # asked for: refused by the walk
+    assert with_guidance(entry, 3.0, 0.0) == CatalogEntry(name="a", source="a", guidance_scale=3.0)

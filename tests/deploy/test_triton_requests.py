@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from deploy.conftest import ExportedFolder
@@ -15,7 +17,10 @@ from pcr_export.deploy.triton_requests import (
     read_pictures,
 )
 from pcr_export.errors import PcrExportError, PromptWarning
+from pcr_export.models.denoiser import sample
 from pcr_export.models.load import LoadedModel
+from pcr_export.models.pipelines import denoiser_from_pipeline
+from pcr_export.qdiffbench.images import to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +107,20 @@ def test_a_prompt_that_is_cut_is_said_but_not_shown(
     (line,) = [str(warning.message) for warning in caught]
     assert line == "a request has prompts longer than 16 tokens: what comes after is not read"
     assert "secret" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_rescaled_guidance_is_the_exports_where_there_is_guidance(model: LoadedModel) -> None:
+    rescaled = replace(model, entry=replace(model.entry, guidance_rescale=0.7))
+    denoiser = denoiser_from_pipeline(
+        model.pipeline, num_inference_steps=2, guidance_scale=5.0, guidance_rescale=0.7, height=16, width=16
+    )
+    assert denoiser.decode is not None
+    expected = to_uint8(denoiser.decode(sample(denoiser, denoiser, ["a red star"], [0])))
+    (image,), (plain,) = (paint_requests(each, [[picture()]], never) for each in (rescaled, model))
+    assert np.array_equal(image, expected)
+    assert not np.array_equal(image, plain)
+    images = [paint_requests(each, [[picture(guidance=1.0)]], never)[0] for each in (rescaled, model)]
+    assert np.array_equal(*images)
 
 
 def test_a_walk_that_nobody_waits_for_stops(model: LoadedModel) -> None:

@@ -140,3 +140,15 @@ def test_finished_steps_are_not_measured_again(tmp_path):
     other = Counted(2)
     measure(other, "two")
     assert len(other.timesteps) == 5
+
+
+def test_steps_are_noise_levels_in_descending_order():
+    """DPM2 ancestral calls some of them past the next one: step 1 is the third call."""
+    timesteps = (900.0, 499.75, 500.0, 500.0, 100.0)
+    denoiser = dataclasses.replace(class_conditional_denoiser(), timesteps=timesteps)
+    trial = RelaxTrial(denoiser, Counted(1), Counted(2), LABELS, SEEDS)
+    assert trial.timesteps == (900.0, 500.0, 499.75, 100.0)
+    assert [trial.num_calls([step]) for step in range(4)] == [5, 3, 4, 1]
+    relaxed = Counted(2)
+    RelaxTrial(denoiser, Counted(1), relaxed, LABELS, SEEDS).error([1])
+    assert len(relaxed.timesteps) == 2  # of both calls at 500
