@@ -80,7 +80,9 @@ class Recipe:
     calib_size: int = 64  # prompts
     calib_batch: int = 64  # prompts per UNet call; calib_size <= calib_batch means one pass
     seed: int = 0
-    min_sqnr_db: float = 20.0  # validation fails where the artifact is further than this from its simulation in a step
+    min_sqnr_db: float | None = (
+        None  # asked of the artifact against its simulation at every step; None: what rounding leaves
+    )
 
     def __post_init__(self) -> None:
         for value, known, flag in (
@@ -139,6 +141,7 @@ class Recipe:
     def hash(self) -> str:
         """sha256 of the recipe's JSON, without later settings that change nothing: results of before they came keep their hash."""
         facts = {name: value for name, value in asdict(self).items() if LATER_SETTINGS.get(name, ...) != value}
+        facts["min_sqnr_db"] = EARLIER_MIN_SQNR_DB if self.min_sqnr_db is None else self.min_sqnr_db
         return hashlib.sha256(_as_json(facts).encode()).hexdigest()
 
 
@@ -151,6 +154,9 @@ LATER_SETTINGS = {  # that came after results were published, at the values that
     "lora": (),
     "first_token": "auto",  # the models of those results have no such token
 }
+
+
+EARLIER_MIN_SQNR_DB = 20.0  # before the floor was derived from rounding
 
 
 IN_NO_STAGE = (
@@ -217,7 +223,7 @@ def read_recipe(folder: Path) -> Recipe:
         return recipe_from_json((folder / "recipe.json").read_text("utf-8"))
     except OSError as error:
         raise PcrExportError(
-            f"{folder} has no recipe.json, so it is no exported folder: make one with `pcr-export MODEL`"
+            f"{folder} has no recipe.json, so it is no exported folder: make one with `pcr-export MODEL`, or end the export that stopped"
         ) from error
     except UnicodeDecodeError as error:
         raise PcrExportError(f"{folder / 'recipe.json'} is no text ({error}): export again") from error

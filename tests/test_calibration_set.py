@@ -52,7 +52,10 @@ def scales(folder: Path) -> bytes:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ({"labels": (1, 2), "seeds": [7, 7]}, {"labels": (4, 2), "seeds": [7, 7]}),  # equal seeds: the last one stood for both
+        (
+            {"labels": (1, 2), "seeds": [7, 7]},
+            {"labels": (4, 2), "seeds": [7, 7]},
+        ),  # equal seeds: the last one stood for both
         ({"labels": (1, 2), "seeds": [7, 8]}, {"labels": (1, 4), "seeds": [7, 8]}),  # the tensors print alike
     ],
 )
