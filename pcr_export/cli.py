@@ -16,11 +16,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from pcr_export import __version__, cli_folder
 from pcr_export.engine_settings import BACKENDS, EngineSettings
 from pcr_export.errors import PcrExportError, PcrExportWarning
+from pcr_export.output_file import check_output_file
 from pcr_export.progress import Advance
 from pcr_export.recipe import RANGES, REDUCTIONS, SCHEMES, WEIGHTS, Recipe
 from pcr_export.request import PART_FORMS, ExportRequest
@@ -39,6 +40,17 @@ class DefaultExport(TyperGroup):
         if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
             args = ["export", *args]
         return super().parse_args(ctx, args)
+
+
+class Command(TyperCommand):
+    """Remembers whether the command that runs was told to show tracebacks."""
+
+    verbose = False
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        Command.verbose = bool(ctx.params.get("verbose"))
+        return super().invoke(ctx)
 
 
 app = typer.Typer(cls=DefaultExport, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -95,7 +107,7 @@ StripEncoders = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="catalog name (tiny-sdxl, sd15, sdxl, ...), hub id or diffusers folder")],
@@ -191,7 +203,7 @@ def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
     console.print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     folder: Annotated[Path, typer.Argument(help="an exported folder, e.g. engines/tiny-sdxl-w8a8")],
     prompt: Annotated[str, typer.Argument(help="what to draw")],
@@ -206,6 +218,7 @@ def generate(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks")] = False,
 ) -> None:
     """Draw PROMPT with an exported folder alone."""
+    check_output_file(output, "--output", ".png")
     from pcr_export.deploy.run import generate as generate_image
     from pcr_export.qdiffbench.images import write_png
 
@@ -225,7 +238,7 @@ def generate(
     console.print(f"{output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     folder: Annotated[Path, typer.Argument(help="an export with --backend tensorrt-rtx or tensorrt")],
     target: Annotated[list[str] | None, typer.Option(help="one engine, e.g. sm89 [default: every one]")] = None,
@@ -238,7 +251,7 @@ def compare(
     _print_rows(table_rows(compare_folder(folder, target or (), runs=runs, track=track)), str(folder))
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="an exported folder, e.g. engines/tiny-sdxl-w8a8")],
     prompts: Annotated[list[Path] | None, typer.Option(help="prompt set, may be given again [default: own]")] = None,
@@ -284,7 +297,7 @@ def evaluate(
     _print_rows(table_rows(result), str(folder))
 
 
-@app.command()
+@app.command(cls=Command)
 def study(
     model: Annotated[str, typer.Argument(help="catalog name (tiny-sdxl, sd15, sdxl, ...), hub id or diffusers folder")],
     out: Annotated[Path, typer.Option(help="parent of the folder study-NAME")] = Path("engines"),
@@ -338,8 +351,8 @@ def study(
     _print_rows(table_rows(content), str(request.folder))
 
 
-app.command()(cli_folder.inspect)
-app.command()(cli_folder.verify)
+app.command(cls=Command)(cli_folder.inspect)
+app.command(cls=Command)(cli_folder.verify)
 
 
 def main() -> None:
@@ -365,7 +378,7 @@ def _show_warning(others: Any, message: Warning | str, category: type[Warning], 
 
 
 def _fail(message: str, exit_code: int) -> int:
-    if {"-v", "--verbose"} & set(sys.argv):
+    if Command.verbose:
         errors.print_exception()
     errors.print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
     return exit_code

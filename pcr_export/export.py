@@ -28,8 +28,9 @@ from pcr_export.engines.flavours import gpu_target
 from pcr_export.errors import PcrExportError
 from pcr_export.export_engines import EngineJob, check_engines, make_engines, measure_on_gpu
 from pcr_export.export_job import Exported, Job
+from pcr_export.export_results import forget_results, publish_recipe
 from pcr_export.export_trial import lazy_float_graph, try_denoiser, try_tracing
-from pcr_export.export_validation import validate_artifact
+from pcr_export.export_validation import refuse_bad_results, validate_artifact
 from pcr_export.folder_lock import hold_folder
 from pcr_export.graph.passes.find_layers import check_layers_have_nodes
 from pcr_export.graph.quantize import quantize_onnx
@@ -44,7 +45,7 @@ from pcr_export.recipe import recipe_key, split_skip
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
-from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json, write_text
+from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
 from pcr_export.step_scales import StepScales, read_step_scales, write_step_scales
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def export_denoiser(job: Job) -> dict[str, Any]:
     """Calibrate a denoiser, write its quantized ONNX and report. A pipeline of diffusers comes with more: `export_model`.
 
     Returns the report that was written to report.json. Raises PcrExportError (exit code 3) where the artifact is further from its
-    simulation than the recipe allows; what was computed stays.
+    simulation than rounding explains, or the simulation too far from FP32; what was computed stays.
     """
     check_engines(job.engines)  # before a folder is made
     check_skip(job.denoiser.network, job.recipe.skip)
@@ -82,7 +83,7 @@ def quantize_denoiser(job: Job) -> Exported:
     seeds = job.noise_seeds()
     axes = _engine_axes(job, example)
     scales_path, graph_path = folder / "step_scales.safetensors", folder / "unet" / "model.onnx"
-    write_text(folder / "recipe.json", job.recipe.to_json())
+    recipe = job.recipe  # as it was asked for
     job = _choose_first_token(job, example)
     rewrites = rewrites_network(job.recipe)
     float_graph = lazy_float_graph(job, example) if rewrites else try_tracing(job, example, stages)
@@ -112,10 +113,12 @@ def quantize_denoiser(job: Job) -> Exported:
         return _quantize(job, layers, rounding, float_graph(), scales_path, path, dialect)
 
     def lower_first() -> Facts:
+        forget_results(folder)
         tensorrt_onnx(folder).unlink(missing_ok=True)  # of older scales; engines built from it are refused from now on
         return lower("onnxruntime", graph_path)
 
     graph = stages.run("quantize", graph_key, onnx_files(graph_path), lower_first)
+    publish_recipe(folder, recipe, _searched_file(folder) if "choice" in choice else None)
     engines: list[Facts] = []
     if job.engines.wants_tensorrt:
         path = tensorrt_onnx(folder)
@@ -236,15 +239,19 @@ def search_ranges(job: Job, example: Inputs) -> tuple[Job, Facts]:
 
 def search_relaxed_steps(job: Job) -> tuple[Job, Facts]:
     """The job with the steps that were found in the place of "auto:MEAN", and the errors of that choice; no facts for other jobs."""
-    path, recipe = job.folder / "sensitivity.json", job.recipe
+    recipe = job.recipe
     mean_bits = searched_mean_bits(recipe.relax, recipe.relax_bits)
     if mean_bits is None:
-        path.unlink(missing_ok=True)  # of a search whose result is not what this export relaxes
         return job, {}
-    chosen = relax_search(job).choose(mean_bits, recipe.relax, path)
+    chosen = relax_search(job).choose(mean_bits, recipe.relax, _searched_file(job.folder))
     return replace(job, recipe=replace(recipe, relax=format_steps(chosen["steps"]))), {
         name: chosen[name] for name in ("choice", "errors")
     }
+
+
+def _searched_file(folder: Path) -> Path:
+    """Where a search stays until the graph that it chose is there: sensitivity.json to be."""
+    return folder / ".stages" / "searched_steps.json"
 
 
 def relax_search(job: Job) -> RelaxSearch:
@@ -317,6 +324,7 @@ def _calibrate(job: Job, layers: list[Layer], rounding: RoundWeight, key: Key, p
         state=state,
         track=job.track,
     )
+    forget_results(job.folder)
     write_step_scales(scales, path)
     state.clear()
     batches = -(-len(job.conditions) // prompts_per_call(job.recipe))
@@ -349,7 +357,7 @@ def _quantize(
 
 
 def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
-    """Write report.json, then refuse an artifact below the recipe's floor."""
+    """Write report.json, then refuse an artifact that is not what was calibrated, or scales that lose the network."""
     report = make_report(
         job.recipe,
         exported.layers,
@@ -364,14 +372,7 @@ def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
         warnings=exported.warnings,
     )
     write_json(job.folder / "report.json", report)
-    worst = [value for value in (report["fidelity"] or {}).get("per_step", []) if value is not None]
-    if worst and min(worst) < job.recipe.min_sqnr_db:
-        sites = sorted((row["sqnr_db"], row["name"]) for row in report["sites"] if row["sqnr_db"] is not None)
-        raise PcrExportError(
-            f"the artifact is only {min(worst)} dB from its simulation (floor {job.recipe.min_sqnr_db}); worst sites: "
-            f"{', '.join(name for _, name in sites[:3])}: see {job.folder / 'report.json'}",
-            exit_code=3,
-        )
+    refuse_bad_results(report, job.recipe.min_sqnr_db, job.folder / "report.json")
     return report
 
 

@@ -85,7 +85,9 @@ class Recipe:
     calib_size: int = 64  # prompts
     calib_batch: int = 64  # prompts of a call that reduce="min-mean" averages over; nothing else depends on it
     seed: int = 0
-    min_sqnr_db: float = 20.0  # validation fails where the artifact is further than this from its simulation in a step
+    min_sqnr_db: float | None = (
+        None  # asked of the artifact against its simulation at every step; None: what rounding leaves
+    )
 
     def __post_init__(self) -> None:
         for value, known, flag in (
@@ -155,6 +157,7 @@ class Recipe:
         facts = {name: value for name, value in asdict(self).items() if LATER_SETTINGS.get(name, ...) != value}
         if self.scheme == "progressive":
             facts["progressive"] = PROGRESSIVE
+        facts["min_sqnr_db"] = EARLIER_MIN_SQNR_DB if self.min_sqnr_db is None else self.min_sqnr_db
         return hashlib.sha256(_as_json(facts).encode()).hexdigest()
 
 
@@ -170,6 +173,9 @@ LATER_SETTINGS = {  # that came after results were published, at the values that
     "scheduler": None,
     "guidance_rescale": 0.0,
 }
+
+
+EARLIER_MIN_SQNR_DB = 20.0  # before the floor was derived from rounding
 
 
 IN_NO_STAGE = (
@@ -237,7 +243,7 @@ def read_recipe(folder: Path) -> Recipe:
         return recipe_from_json((folder / "recipe.json").read_text("utf-8"))
     except OSError as error:
         raise PcrExportError(
-            f"{folder} has no recipe.json, so it is no exported folder: make one with `pcr-export MODEL`"
+            f"{folder} has no recipe.json, so it is no exported folder: make one with `pcr-export MODEL`, or end the export that stopped"
         ) from error
     except UnicodeDecodeError as error:
         raise PcrExportError(f"{folder / 'recipe.json'} is no text ({error}): export again") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +24,59 @@ PART_FORMS = ("fp32", "fp16", "int8")  # of the weights of text encoders and VAE
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """The arguments of `pcr-export MODEL`. None means the model's own."""
+    """The arguments of `pcr-export MODEL`, by the names of its options. None means the model's own."""
 
     model: str
-    out: Path
-    bits: str
-    steps: int | None
-    guidance_scale: float | None
-    guidance_rescale: float | None
-    scheduler: str | None  # NAME[:key=value,...] of diffusers
-    height: str | None  # pixels, or MIN:OPT:MAX of the engines; calibrated at OPT
-    width: str | None
-    backend: str
-    target: str | None  # GPUs, separated by commas
-    batch: str  # images per call, or MIN:OPT:MAX
-    allow_float_fallback: bool
-    onnx_only: bool
-    calib_size: int
-    calib_batch: int | None
-    prompts_file: Path | None
-    eval_prompts_file: Path | None
-    images: int | None
-    scheme: str
-    ranges: str
-    percentile: float
-    affine: bool
-    observed_steps: str
-    reduce: str
-    smooth_quant: float | None
-    split_shortcut: bool
-    first_token: str
-    relax: str | None
-    relax_bits: int
-    weights: str
-    keep: str
-    weight_samples: int
-    weight_rounds: int
-    adaround_iterations: int
-    skip: list[str] | None
-    lora: list[str] | None  # FILE or FILE:SCALE
-    seed: int
-    resume: bool
-    validate: bool
-    parts: str
-    strip_encoders: bool
+    out: Path = Path("engines")
+    bits: str = "w8a8"
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    scheduler: str | None = None  # NAME[:key=value,...] of diffusers
+    height: str | None = None  # pixels, or MIN:OPT:MAX of the engines; calibrated at OPT
+    width: str | None = None
+    backend: str = EngineSettings.backend
+    target: str | None = None  # GPUs, separated by commas
+    batch: str = "1"  # images per call, or MIN:OPT:MAX
+    allow_float_fallback: bool = EngineSettings.allow_float_fallback
+    onnx_only: bool = False
+    calib_size: int = Recipe.calib_size
+    calib_batch: int | None = None
+    prompts_file: Path | None = None
+    eval_prompts_file: Path | None = None
+    images: int | None = None
+    scheme: str = Recipe.scheme
+    ranges: str = Recipe.ranges
+    percentile: float = Recipe.percentile
+    affine: bool = field(default=Recipe.affine, metadata={"off": "--symmetric"})
+    observed_steps: str = Recipe.observed_steps
+    reduce: str = Recipe.reduce
+    smooth_quant: float | None = Recipe.smooth_quant
+    split_shortcut: bool = Recipe.split_shortcut
+    first_token: str = Recipe.first_token
+    relax: str | None = None
+    relax_bits: int = Recipe.relax_bits
+    weights: str = Recipe.weights
+    keep: str = Recipe.keep
+    weight_samples: int = Recipe.weight_samples
+    weight_rounds: int = Recipe.weight_rounds
+    adaround_iterations: int = Recipe.adaround_iterations
+    skip: list[str] | None = None
+    lora: list[str] | None = None  # FILE or FILE:SCALE
+    seed: int = Recipe.seed
+    resume: bool = True
+    validate: bool = True
+    parts: str = PART_FORMS[0]
+    strip_encoders: bool = False
+
+    def command(self) -> str:
+        """The command line of an equal request, quoted for a shell: every option that is not its default."""
+        words = ["pcr-export", "export"]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name != "model" and value != option.default:
+                words += _words_of(option, value)
+        return shlex.join([*words, *(["--"] if self.model.startswith("-") else []), self.model])
 
     def entry(self) -> CatalogEntry:
         """The model that was asked for, with the sampling settings that were."""
@@ -85,10 +94,6 @@ class ExportRequest:
     def engines(self) -> EngineSettings:
         """The engines that were asked for."""
         targets = tuple(dict.fromkeys(part.strip().lower() for part in (self.target or "").split(",") if part.strip()))
-        words = ["pcr-export", self.model, "--bits", self.bits, "--out", str(self.out), "--backend", self.backend]
-        for flag in ("target", "batch", "height", "width"):
-            value = getattr(self, flag)
-            words += [f"--{flag}", value] if value else []
         return EngineSettings(
             backend=self.backend,
             targets=targets,
@@ -97,7 +102,7 @@ class ExportRequest:
             width=parse_range("--width", self.width) if self.width else None,
             allow_float_fallback=self.allow_float_fallback,
             build=not self.onnx_only,
-            rebuild_command=shlex.join(words),
+            rebuild_command=self.command(),
         )
 
     def folder(self) -> Path:
@@ -215,3 +220,12 @@ class ExportRequest:
             ),
             ("output", str(self.folder())),
         ]
+
+
+def _words_of(option: Field[Any], value: Any) -> list[str]:
+    """An option with its value as words: a flag for a boolean, the option again for each entry of a list."""
+    flag = f"--{option.name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else option.metadata.get("off", f"--no-{flag[2:]}")]
+    values = value if isinstance(value, list) else [value]
+    return [word for each in values for word in (flag, str(each))]

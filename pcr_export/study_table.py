@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from pcr_export.folder_lock import hold_folder
 from pcr_export.graph.quantize import write_half_onnx
 from pcr_export.models.catalog import read_json, resolve
 from pcr_export.models.load import LoadedModel, load_model
+from pcr_export.output_file import check_output_file
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import choose_prompts, own_prompt_sets, read_prompts
 from pcr_export.qdiffbench.features import find_extractors
@@ -27,6 +27,7 @@ from pcr_export.recipe import Recipe
 from pcr_export.request import CALIBRATION_PIXELS_PER_CALL
 from pcr_export.stages import Facts, write_json
 from pcr_export.study import Domain, Study, run_scheme, score, score_recipe
+from pcr_export.usable_cpus import usable_cpus
 
 FORMAT = 1
 CALIBRATION_SETS = ((4, "in"), (16, "in"), (64, "in"), (256, "in"), (64, "out"), (64, "mixed"), (64, "empty"))
@@ -78,6 +79,8 @@ class StudyRequest:
             raise PcrExportError(f"--steps {self.steps}: give 1 or more")
         if self.images is not None and self.images < 2:
             raise PcrExportError(f"--images {self.images}: a Frechet distance needs 2 or more")
+        if self.json_file is not None:
+            check_output_file(self.json_file, "--json", ".json")
         domains(self)
 
 
@@ -281,4 +284,4 @@ def _hardware() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text("utf-8", "replace").splitlines() if information.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{names[0] if names else platform.machine()}, {usable_cpus()} cores"

@@ -51,7 +51,7 @@ ROWS = [
     ("study.py",),
     ("export_pipeline.py",),
     ("export.py",),
-    ("export_engines.py", "export_trial.py", "export_validation.py"),
+    ("export_engines.py", "export_results.py", "export_trial.py", "export_validation.py"),
     ("export_job.py",),
     ("qdiffbench/", "deploy/"),
     ("calibrate/", "graph/", "engines/", "request.py"),
@@ -59,7 +59,7 @@ ROWS = [
     ("report.py", "prompts.py", "prompt_sets.py"),
     ("recipe.py", "engine_settings.py"),
     ("relaxed_steps.py", "scheduler_setting.py", "step_scales.py", "sites.py", "progress.py", "manifest.py"),
-    ("stages.py", "folder_lock.py", "path_inside.py"),
+    ("stages.py", "folder_lock.py", "path_inside.py", "output_file.py", "usable_cpus.py"),
     ("errors.py", "__init__.py"),
 ]
 

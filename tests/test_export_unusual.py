@@ -21,7 +21,9 @@ def test_an_unusual_network_is_exported_as_it_is_simulated(tmp_path):
     quantized = {row["name"] for row in report["sites"] if row["quantized"]}
     assert quantized == {"time", "down", "named", "scaled", "one", "other"}
     assert set(read_step_scales(tmp_path / "step_scales.safetensors").layers) == quantized
-    assert all(value is None or value > 35 for value in report["fidelity"]["per_step"])  # flips at rounding edges, no more
+    assert all(
+        value is None or value > 35 for value in report["fidelity"]["per_step"]
+    )  # flips at rounding edges, no more
     assert report["fidelity"]["simulation_vs_fp32_sqnr_db"] > 25
     with torch.no_grad():
         assert torch.equal(denoiser(example), before)

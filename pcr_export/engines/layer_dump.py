@@ -17,9 +17,10 @@ _PRODUCTS = ("gemm", "correlation", "conv", "matrix", "matmul", "fully")
 _SECTION = re.compile(r", (Inputs|Constants|Outputs|Metadata): ")
 _TYPE = re.compile(r"\b(?:Datatype|Format/Datatype): (\w+)")
 _ONNX_NAME = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-# TensorRT 10 describes type and layout in one phrase: "Row major linear FP16 format", or only "Half".
+# TensorRT 10 describes type and layout in one phrase: "Row major linear FP16 format", or only "Half". Whole words: uint8 is no int8.
 _WORDS = {
     "int8": INT8,
+    "uint8": "UInt8",
     "bf16": "BFloat16",
     "fp16": "Half",
     "half": "Half",
@@ -141,7 +142,7 @@ def _from_json(layer: Mapping[str, Any] | str) -> Kernel:
 
 def _type(tensor: Mapping[str, Any]) -> str:
     phrase = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or tensor.get("Type") or "").lower()
-    return next((name for word, name in _WORDS.items() if word in phrase), UNKNOWN)
+    return next((_WORDS[word] for word in re.findall(r"\w+", phrase) if word in _WORDS), UNKNOWN)
 
 
 def _set(types: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from pcr_export.engines.latency import Latency, measure_latency
 from pcr_export.errors import PcrExportError, first_line
+from pcr_export.usable_cpus import usable_cpus
 
 QUIET = 3  # onnxruntime's log level for errors
 LOAD_ERRORS = (
@@ -31,7 +33,7 @@ class OnnxRuntimeEngine:
 
     Args:
         path: the model file; its external data lies beside it.
-        threads: of one operator; None leaves the choice to onnxruntime (one per physical core).
+        threads: of one operator; None: one per physical core, or those that this process may use.
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
@@ -87,8 +89,9 @@ class OnnxRuntimeEngine:
 def _options(threads: int | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = QUIET
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    usable = usable_cpus()
+    if threads is not None or usable < (os.cpu_count() or 1):  # left to itself, onnxruntime counts the machine's cores
+        options.intra_op_num_threads = usable if threads is None else threads
     if not _has_vnni():
         # u8 x s8 kernels without VNNI add pairs in 16 bits and saturate; this picks exact ones at half the speed.
         options.add_session_config_entry("session.x64quantprecision", "1")

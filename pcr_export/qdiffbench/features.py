@@ -21,7 +21,8 @@ from pcr_export.models.fetch import quiet
 from pcr_export.stages import hash_file
 
 CLIP = "openai/clip-vit-large-patch14"
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # sha256 begins with the last eight letters
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 SHOWN_LETTERS = 16  # of a sha256, in a name
 
@@ -277,14 +278,13 @@ def _load_clip(clip: str | Path) -> Clip:
 
 
 def _inception_weights(given: Path | None) -> Path:
-    """torch-fidelity's file, fetched where it is not given; its hash is checked, for it is a pickle and is the protocol."""
+    """torch-fidelity's file, fetched where it is not given; its whole hash is checked, for it is a pickle and is the protocol."""
     path = given or _torch_cache() / INCEPTION_FILE
-    prefix = Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]
     try:
         if given is None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=prefix, progress=False)
-        known = hash_file(path).startswith(prefix)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
+        known = hash_file(path) == INCEPTION_SHA256
     except (OSError, RuntimeError) as error:
         raise PcrExportError(
             f"InceptionV3's weights can't be read ({error}): give {INCEPTION_URL} as a file with --inception"

@@ -198,7 +198,7 @@ def _error_section(folder: Path, report: Facts, recipe: Facts, relaxed: Sequence
         said = " and ".join("no error" if value is None else f"{value:.1f} dB at the worst step" for value in lowest)
         charts.append(
             Chart(
-                svg=draw_error_by_step(*by_step, relaxed, recipe["min_sqnr_db"]),
+                svg=draw_error_by_step(*by_step, relaxed, _asked(fidelity, recipe)),
                 alt=f"Signal to error ratio by step: simulation to FP32 and artifact to simulation have {said}",
                 caption="Signal to error ratio of the UNet's output at each step; higher is better. Shaded: relaxed steps.",
             )
@@ -211,6 +211,14 @@ def _error_section(folder: Path, report: Facts, recipe: Facts, relaxed: Sequence
     else:
         notes.append("The sensitivity of each step was not measured: an export with --relax auto:8.4 does that.")
     return Section(heading="Error by step", notes=notes, charts=charts)
+
+
+def _asked(fidelity: Facts, recipe: Facts) -> list[float]:
+    """The least SQNR of the artifact at each step, in dB; reports of before have one for all steps."""
+    steps = len(fidelity["per_step"])
+    if recipe["min_sqnr_db"] is not None:
+        return [recipe["min_sqnr_db"]] * steps
+    return list(fidelity["asked_per_step"])
 
 
 def _sensitivity_chart(path: Path, relaxed: Sequence[int]) -> Chart:

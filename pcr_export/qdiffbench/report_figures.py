@@ -72,14 +72,17 @@ def draw_scales(scales: StepScales) -> str:
 
 
 def draw_error_by_step(
-    to_fp32: Sequence[float | None], to_simulation: Sequence[float | None], relaxed: Sequence[int], floor_db: float
+    to_fp32: Sequence[float | None],
+    to_simulation: Sequence[float | None],
+    relaxed: Sequence[int],
+    asked: Sequence[float],
 ) -> str:
     """Signal to error in dB of each step's output, higher is better; None (no error) is a gap.
 
     Args:
         to_fp32: the simulation against the float model.
         to_simulation: the exported artifact against its simulation.
-        floor_db: below it, the validation fails.
+        asked: of the artifact at each step; below it, the validation fails.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(PHONE_WIDTH, 2.9))
@@ -88,9 +91,7 @@ def draw_error_by_step(
         for label, values, color, marker in lines:
             heights = np.array([np.nan if value is None else value for value in values])
             axes.plot(heights, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=label)
-        axes.axhline(
-            floor_db, color=ORANGE, linewidth=1, linestyle="--", label=f"validation fails below {floor_db:g} dB"
-        )
+        axes.plot(asked, color=ORANGE, linewidth=1, linestyle="--", label="validation fails below")
         _label_steps(axes, len(to_fp32))
         _mark_relaxed(axes, relaxed)
         axes.set_ylabel("signal to error, dB")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from pcr_export.usable_cpus import usable_cpus
+
 CLIP_RATIOS = np.linspace(1.0, 0.6, 21, dtype=np.float32)  # tried in this order; the first of equals wins
 
 BLOCK_ELEMENTS = 2**17  # rows are searched in blocks that stay in a core's cache: the same result, four times as fast
-THREADS = os.cpu_count() or 1  # a block each; numpy computes outside Python's lock
 PEAK_ELEMENTS = 64  # neighbours of a row that `_clip_error` counts once, by the largest
 ROUNDING = np.float32(1e-5)  # how far, relative to max|w|, float32 arithmetic may move a clipped weight
 
@@ -39,11 +39,12 @@ def quantize_weight(weight: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.n
     def search(part: slice) -> None:
         q[part], scale[part] = _quantize_rows(rows[part], limit)
 
-    if len(parts) == 1 or THREADS == 1:
+    threads = min(usable_cpus(), len(parts))  # a block each; numpy computes outside Python's lock
+    if threads == 1:
         for part in parts:
             search(part)
     else:
-        with ThreadPoolExecutor(min(THREADS, len(parts))) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(search, parts))
     return q.reshape(weight.shape), scale
 
