@@ -97,7 +97,6 @@ def quantize_denoiser(job: Job) -> Exported:
         [scales_path],
         lambda: _calibrate(job, layers, rounding, calibration_key, scales_path),
     )
-    relaxed = _relaxed_facts(read_step_scales(scales_path), choice)
     graph_key = {**calibration_key, "scales": hash_file(scales_path)}
 
     def lower(dialect: str, path: Path) -> Facts:
@@ -121,7 +120,7 @@ def quantize_denoiser(job: Job) -> Exported:
         key=graph_key,
         weights=weights,
         calibration={**calibration, **ranges},
-        relaxed=relaxed,
+        relaxed=_relaxed_facts(read_step_scales(scales_path), choice),
         sensitivities=sensitivities,
         graph=graph,
         engines=engines,
