@@ -127,9 +127,7 @@ def export(
     ] = EngineSettings.allow_float_fallback,
     onnx_only: Annotated[bool, typer.Option("--onnx-only", help="write graphs and build commands, no engine")] = False,
     calib_size: Annotated[int, typer.Option(help="calibration prompts (not batches)")] = Recipe.calib_size,
-    calib_batch: Annotated[
-        int | None, typer.Option(help="prompts of a call, for --reduce min-mean [default: by picture size]")
-    ] = None,
+    calib_batch: Annotated[int | None, typer.Option(help="prompts of a call, for --reduce min-mean")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="calibration prompts, one a line")] = None,
     eval_prompts_file: Annotated[Path | None, typer.Option(help="prompts of the validation images")] = None,
     images: Annotated[int | None, typer.Option(help="validation images [default: by picture size]")] = None,

@@ -100,13 +100,8 @@ def quantize_denoiser(job: Job) -> Exported:
     for line in warnings:
         job.log(line)
     rounding, weights = _round_weights(job, layers)
-
-    def calibrate_traced() -> Facts:
-        check_layers_have_nodes(float_graph().graph, {layer.name for layer in layers if layer.site is not None})
-        return _calibrate(job, layers, rounding, calibration_key, scales_path)
-
-    calibration = stages.run("calibrate", calibration_key, [scales_path], calibrate_traced)
-    relaxed = _relaxed_facts(read_step_scales(scales_path), choice)
+    find_scales = functools.partial(_calibrate, job, layers, rounding, float_graph, calibration_key, scales_path)
+    calibration = stages.run("calibrate", calibration_key, [scales_path], find_scales)
     graph_key = {**calibration_key, "scales": hash_file(scales_path)}
 
     def lower(dialect: str, path: Path) -> Facts:
@@ -132,7 +127,7 @@ def quantize_denoiser(job: Job) -> Exported:
         key=graph_key,
         weights=weights,
         calibration={**calibration, **ranges},
-        relaxed=relaxed,
+        relaxed=_relaxed_facts(read_step_scales(scales_path), choice),
         sensitivities=sensitivities,
         graph=graph,
         engines=engines,
@@ -309,7 +304,15 @@ def _make_engines(
     return [{**facts, **(measured if facts["target"] == measured.get("target") else {})} for facts in engines]
 
 
-def _calibrate(job: Job, layers: list[Layer], rounding: RoundWeight, key: Key, path: Path) -> Facts:
+def _calibrate(
+    job: Job,
+    layers: list[Layer],
+    rounding: RoundWeight,
+    float_graph: Callable[[], ir.Model],
+    key: Key,
+    path: Path,
+) -> Facts:
+    check_layers_have_nodes(float_graph().graph, {layer.name for layer in layers if layer.site is not None})
     state = CalibrationState(path.parent / ".stages" / "calibration", key_hash(key))
     if not job.resume:
         state.clear()

@@ -47,7 +47,7 @@ def test_each_estimator_is_judged_by_the_final_latents(tmp_path):
     assert facts["range_sqnr_db"][facts["ranges"]] == max(facts["range_sqnr_db"].values())
     reference = sample(denoiser, denoiser, LABELS, SEEDS)
     for ranges, expected in facts["range_sqnr_db"].items():
-        scales = calibrate(denoiser, layers, LABELS, SEEDS, recipe(ranges=ranges))
+        scales = calibrate(denoiser, layers, LABELS, SEEDS, recipe(ranges=ranges, scheme="float-trajectory"))
         with Simulation(denoiser, layers, NEAREST_8) as simulation:
             found = sample(denoiser, simulated_call(simulation, scales, "t"), LABELS, SEEDS)
         error, energy = ((x.double() ** 2).sum(dim=(1, 2, 3)) for x in (found - reference, reference))
