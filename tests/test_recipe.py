@@ -37,6 +37,7 @@ def test_every_setting_changes_the_hash():
         "first_token": "together",
         "scheduler": "DDIMScheduler",
         "guidance_rescale": 0.7,
+        "min_sqnr_db": 30.0,
     }
     companions = {
         "observed_steps": {"scheme": "static"},
