@@ -136,7 +136,9 @@ def test_other_weights_and_prompts_run_everything_again(finished: Any, tmp_path:
     lines: list[str] = []
     export_denoiser(replace(job(folder, lines), conditions=LABELS[1:]))
     assert ran(lines) == ALL
-    assert "calibrate: running again, changed: calibration set" in lines
+    assert (
+        "calibrate: running again, changed: calibration set, walk" in lines
+    )  # the walk is that of the first condition
     lines.clear()
     changed = class_conditional_denoiser()
     changed.network.get_submodule("merge").bias.data[0] += 1e-4

@@ -18,6 +18,7 @@ from pcr_export.calibrate.layer_inputs import on_input
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs, noisy_input
 
+Place = tuple[int, int]
 PRODUCTS = (
     "linear",
     "mm",
@@ -123,7 +124,7 @@ class _Watch(TorchDispatchMode):
         self._flows: dict[int, _Flow] = {}  # by storage: views and what is changed in place share it
         self._changes: dict[int, int] = {}  # by storage: how often it was changed in place
         self._owners = _weights_of_layers(self._modules)
-        self._matrices = {p.data_ptr(): name for name, p in network.named_parameters() if is_matrix(p)}
+        self._matrices = {_place(p): name for name, p in network.named_parameters() if is_matrix(p)}
         self._inside: list[str] = []
         self._calls: list[str] = []
         self._tensor_of: dict[str, int] = {}
@@ -162,7 +163,7 @@ class _Watch(TorchDispatchMode):
         if not self._inside:
             flow = self._product(func, tensors, flow)
         for x in tensors:
-            self._shared |= {name for name in self._owners.get(x.data_ptr(), ()) if not self._is_inside(x.data_ptr())}
+            self._shared |= {name for name in self._owners.get(_place(x), ()) if not self._is_inside(_place(x))}
         made = tree_leaves(output)
         if func._schema.is_mutable:
             for x in made:
@@ -187,14 +188,14 @@ class _Watch(TorchDispatchMode):
 
     def _product(self, func: Any, tensors: Sequence[Tensor], flow: _Flow) -> _Flow:
         """Where the product with a weight that no Linear or Conv2d computes comes from: it is a layer, too."""
-        weights = [name for x in tensors if (name := self._matrices.get(x.data_ptr())) is not None]
+        weights = [name for x in tensors if (name := self._matrices.get(_place(x))) is not None]
         name = func._schema.name.removeprefix("aten::")
         if not weights or not any(part in name for part in PRODUCTS):
             return flow
         return self._layers.read(weights[0], flow)
 
-    def _is_inside(self, pointer: int) -> bool:
-        return any(name in self._inside for name in self._owners[pointer])
+    def _is_inside(self, place: Place) -> bool:
+        return any(name in self._inside for name in self._owners[place])
 
     def _flow(self, tensors: Iterable[Tensor]) -> _Flow:
         flow = NOWHERE
@@ -222,13 +223,13 @@ def is_matrix(weight: Tensor) -> bool:
     return sum(size > 1 for size in weight.shape) > 1
 
 
-def _weights_of_layers(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+def _weights_of_layers(modules: Mapping[str, nn.Module]) -> dict[Place, list[str]]:
     """Where a weight lies -> the layers that have it."""
-    owners: dict[int, list[str]] = {}
+    owners: dict[Place, list[str]] = {}
     for name, module in modules.items():
         weight = module._parameters.get("weight")
         if weight is not None and weight.numel():
-            owners.setdefault(weight.data_ptr(), []).append(name)
+            owners.setdefault(_place(weight), []).append(name)
     return owners
 
 
@@ -244,5 +245,11 @@ def _computes_as_its_class(module: nn.Module, x: Tensor, output: Any) -> bool:
     return torch.equal(output, F.linear(x, weight, bias))
 
 
+def _place(x: Tensor) -> Place:
+    """Where a tensor begins: a transposed weight begins where the weight does."""
+    return _storage(x), int(x.storage_offset())
+
+
 def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    """Which storage: tensors without content (of a fake or meta device) have one as well."""
+    return int(x.untyped_storage()._cdata)

@@ -3,8 +3,10 @@ import torch
 from calibrate.unusual_networks import denoiser_of, unusual_denoiser
 from class_conditional import class_conditional_denoiser
 from diffusion_transformer import dit_denoiser
+from graph.small_denoisers import unet_denoiser, unet_inputs
 from models.tiny_pipelines import tiny_sd, tiny_sdxl
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcr_export.calibrate.layers import STANDS_LAST, check_skip, find_layers, skip_warnings
 from pcr_export.calibrate.trace_network import trace_network
@@ -167,3 +169,13 @@ def test_a_default_that_keeps_no_layer_is_said():
     (warning,) = skip_warnings(layers, ("conv_in", "conv_out"))
     assert warning.startswith("no layer was found to be the first layer of the network")
     assert skip_warnings(layers, ()) == []
+
+
+def test_layers_are_found_without_computing_anything():
+    """As the full-size benchmarks find them: on tensors that hold nothing."""
+    denoiser = unet_denoiser("sdxl")
+    inputs = unet_inputs(denoiser)
+    skip = ("conv_in", "conv_out")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        found = find_layers(denoiser, {name: fake.from_tensor(x) for name, x in inputs.items()}, skip)
+    assert found == find_layers(denoiser, inputs, skip)
