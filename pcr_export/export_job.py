@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pcr_export.calibrate.weights.rounding import RoundWeight
 from pcr_export.engine_settings import EngineSettings
 from pcr_export.errors import PcrExportError
-from pcr_export.models.content_hash import hash_content
+from pcr_export.models.content_hash import seed_text
 from pcr_export.models.denoiser import Denoiser, noise_levels
 from pcr_export.progress import Track, silent
 from pcr_export.prompts import prompt_seeds
@@ -62,7 +62,7 @@ class Job:
     def noise_seeds(self) -> Sequence[int]:
         """One seed per condition. Raises PcrExportError where they are not as many, or a condition's content can't be told."""
         if self.seeds is None:
-            return prompt_seeds([_seed_text(condition) for condition in self.conditions], self.recipe.seed)
+            return prompt_seeds([seed_text(condition) for condition in self.conditions], self.recipe.seed)
         if len(self.seeds) != len(self.conditions):
             raise PcrExportError(f"{len(self.seeds)} seeds for {len(self.conditions)} conditions: give one for each")
         return self.seeds
@@ -71,12 +71,6 @@ class Job:
         """The first conditions and their seeds: `most`, or as many as MEASURED_PIXELS allow, but `least`."""
         count = max(least, min(most, MEASURED_PIXELS // (self.recipe.height * self.recipe.width)))
         return self.conditions[:count], self.noise_seeds()[:count]
-
-
-def _seed_text(condition: Any) -> str:
-    """What a condition's noise is drawn from: a prompt or a number as it is written, the hash of anything else."""
-    plain = condition is None or type(condition) in (str, bool, int, float)
-    return str(condition) if plain else hash_content(condition)
 
 
 @dataclass(frozen=True, kw_only=True)

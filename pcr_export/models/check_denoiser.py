@@ -51,10 +51,11 @@ def check_timesteps(denoiser: Denoiser, num_steps: int | None = None) -> None:
     for one, following in pairwise(sorted(distinct)):
         if np.float32(one) == np.float32(following):
             raise PcrExportError(f"the timesteps {one} and {following} are one number in float32: scale the time up")
-    if len(distinct) > 1 and distinct == sorted(distinct):
+    first, last = timesteps[0], timesteps[-1]
+    if first < last:
         raise PcrExportError(
-            f"the timesteps ascend, from {distinct[0]:g} to {distinct[-1]:g}, and step 0 is the noisiest: yield {distinct[-1]:g} - t "
-            f"from the walk, and let the denoiser's call give the network {distinct[-1]:g} minus that"
+            f"the timesteps ascend, from {first:g} to {last:g}, and step 0 is the noisiest: yield {last:g} - t from the walk, and let "
+            f"the denoiser's call give the network {last:g} minus that"
         )
 
 

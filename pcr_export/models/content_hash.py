@@ -25,6 +25,12 @@ def hash_content(value: Any) -> str:
     return _digest(value).hex()
 
 
+def seed_text(condition: Any) -> str:
+    """What a condition's noise is drawn from: a prompt or a number as it is written, the hash of anything else."""
+    plain = condition is None or type(condition) in (str, bool, int, float)
+    return str(condition) if plain else hash_content(condition)
+
+
 def _digest(value: Any) -> bytes:
     """sha256 over the type's name and the content's parts, each with its length in front."""
     digest = hashlib.sha256()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import hold_folder
 from pcr_export.models.catalog import read_json
+from pcr_export.models.content_hash import hash_content, seed_text
 from pcr_export.models.denoiser import Denoiser
 from pcr_export.models.hash_weights import hash_weights
 from pcr_export.progress import Track, silent
@@ -38,7 +38,7 @@ class DenoiserEvaluation:
     folder: Path
     denoiser: Denoiser  # with `decode`
     conditions: Sequence[Any]  # two or more
-    seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' text and the recipe's seed
+    seeds: Sequence[int] | None = None  # one per condition; None: from the conditions' content and the recipe's seed
     extractors: Extractors | None = None  # the networks that judge; None leaves only PSNR and SSIM
     real: Path | None = None  # a folder of real images, for another Frechet distance
     resume: bool = False  # keep the images of a stopped run with the same network, timesteps and conditions; `decode` is not compared
@@ -47,7 +47,7 @@ class DenoiserEvaluation:
 
     def noise_seeds(self) -> Sequence[int]:
         """One seed per condition."""
-        return self.seeds or prompt_seeds([str(each) for each in self.conditions], read_recipe(self.folder).seed)
+        return self.seeds or prompt_seeds([seed_text(each) for each in self.conditions], read_recipe(self.folder).seed)
 
 
 def evaluate_denoiser(evaluation: DenoiserEvaluation) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _evaluate(evaluation: DenoiserEvaluation, recipe: Recipe, weights: str) -> F
     """The one entry of evaluation.json's domains."""
     denoiser, texts = evaluation.denoiser, [str(each) for each in evaluation.conditions]
     graph = evaluation.folder / "unet" / "model.onnx"
-    listed = json.dumps([texts, list(evaluation.noise_seeds())])
+    listed = hash_content(list(zip(evaluation.conditions, evaluation.noise_seeds(), strict=True)))
     common = {
         "version": __version__,
         "torch": torch.__version__,
@@ -105,7 +105,7 @@ def _evaluate(evaluation: DenoiserEvaluation, recipe: Recipe, weights: str) -> F
     return {
         "name": PLACE.name,
         "prompts_file": "conditions given in Python",
-        "prompts_sha256": key_hash({"conditions": listed}),
+        "prompts_sha256": listed,
         "n_images": len(texts),
         **{name: (PLACE / name).as_posix() for name in ("fp32", "artifact")},
         "per_image": (PLACE / "per_image.json").as_posix(),
