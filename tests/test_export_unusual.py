@@ -3,8 +3,12 @@
 import pytest
 import torch
 from calibrate.unusual_networks import unusual_denoiser
+from models.tiny_pipelines import tiny_sd
 
 from pcr_export import Job, PcrExportError, Recipe, export_denoiser
+from pcr_export.export_pipeline import export_pipeline, pipeline_job
+from pcr_export.models.catalog import resolve
+from pcr_export.models.load import load_model
 from pcr_export.step_scales import read_step_scales
 
 
@@ -34,4 +38,15 @@ def test_a_skip_that_matches_nothing_is_refused_before_a_folder_is_made(tmp_path
     job = Job(denoiser=unusual_denoiser(), recipe=recipe(skip=skip), conditions=[0, 1], folder=tmp_path / "out")
     with pytest.raises(PcrExportError, match="--skip to_pixel matches no Linear or Conv2d: near it are to_pixels"):
         export_denoiser(job)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipelines_skip_is_looked_at_before_its_folder_is_made(tmp_path):
+    model = load_model(resolve(str(tiny_sd(tmp_path / "model"))))
+    skip = ("conv_in", "conv_out", "mid_block")
+    job = pipeline_job(model, recipe(skip=skip), ["a cat", "a dog"], tmp_path / "out")
+    with pytest.raises(
+        PcrExportError, match=r"--skip mid_block is the path of a block: write mid_block\.\* for all layers in it"
+    ):
+        export_pipeline(job, model, ["a cat", "a dog"])
     assert not (tmp_path / "out").exists()

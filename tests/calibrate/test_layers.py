@@ -179,3 +179,30 @@ def test_layers_are_found_without_computing_anything():
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         found = find_layers(denoiser, {name: fake.from_tensor(x) for name, x in inputs.items()}, skip)
     assert found == find_layers(denoiser, inputs, skip)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Conv1d(6, 6, 3),
+        nn.Conv3d(6, 6, 3),
+        nn.ConvTranspose1d(6, 6, 3),
+        nn.Bilinear(6, 6, 6),
+        nn.LSTM(6, 6),
+        nn.GRUCell(6, 6),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_whatever_holds_weights_and_stays_float_is_listed(other):
+    network = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Embedding(100, 6))
+    network.add_module("other", other)
+    denoiser = denoiser_of(network, (6,), lambda network, inputs: network[2](network[1](network[0](inputs["x"]))))
+    layers = find_layers(denoiser, next(denoiser.walk([0], [0])), ())
+    name = type(other).__name__
+    assert {layer.name: layer.reason for layer in layers if layer.reason} == {
+        "other": f"{name} is not quantized",
+        "3": "Embedding is not quantized",
+    }
+    network.register_module("3", nn.Linear(600, 600))  # beside which everything else is small
+    listed = {layer.name for layer in find_layers(denoiser, next(denoiser.walk([0], [0])), ())}
+    assert listed == {"0", "2", "3", "other"}
