@@ -125,8 +125,9 @@ class ExportedUnet(GraphPart):
         }
         inputs = {name: tensor.to(torch.float32) for name, tensor in given.items() if tensor is not None}
         check_inputs(self.title, self.ports, inputs)
-        unit, per_latent = latent_factor(self.config), self.vae_scale_factor
-        check_picture_size(*(size * per_latent for size in sample.shape[-2:]), unit * per_latent)
+        per_latent = self.vae_scale_factor
+        height, width = (size * per_latent for size in sample.shape[-2:])
+        check_picture_size(height, width, latent_factor(self.config) * per_latent)
         self.schedule.see(float(inputs["timestep"]))
         output = self.network(inputs).to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)

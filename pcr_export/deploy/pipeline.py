@@ -39,7 +39,9 @@ def load_pipeline(
 
     Its class is that of model_index.json; `StableDiffusionXLImg2ImgPipeline(**pipeline.components)` and `from_pipe` work on it too.
     Any scheduler and number of steps will do: a timestep takes the scales of the nearest calibrated step, and a schedule that
-    was not calibrated is warned of once (ScheduleWarning).
+    was not calibrated is warned of once (ScheduleWarning). `prompt_embeds` may have any number of tokens on onnxruntime. What a
+    pipeline hands over that a graph has no input for (a ControlNet's residuals, masks, a LoRA's scale), and calls that need torch
+    weights or another device, are refused with a PcrExportError.
 
     Args:
         folder: what an export wrote, such as engines/sdxl-w8a8.

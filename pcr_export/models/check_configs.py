@@ -62,7 +62,7 @@ def check_configs(folder: Path, entry: CatalogEntry, unet: Mapping[str, Any] | N
     _check_classes(folder, index)
     configs = _read_configs(folder, index, entry, unet)
     try:
-        checks = (_channel_faults, _condition_faults, _width_faults, _token_faults)
+        checks = (_channel_faults, _condition_faults, _mask_faults, _width_faults, _token_faults)
         faults = [fault for check in checks for fault in check(configs)]
         own_size = own_picture_size(configs.unet["sample_size"], configs.vae_scale_factor)
         unit = size_factor(configs.unet, configs.vae_scale_factor)
@@ -150,6 +150,16 @@ def _condition_faults(configs: Configs) -> list[str]:
         f"gives (it gives {' or '.join(str(value) for value in values)}): {TEXT_ONLY}"
         for key, values in known.items()
         if unet[key] not in values
+    ]
+
+
+def _mask_faults(configs: Configs) -> list[str]:
+    """A text encoder that StableDiffusionPipeline would give a mask of the tokens, for which the exported one has no input."""
+    if configs.is_xl or not getattr(configs.texts[0], "use_attention_mask", False):
+        return []
+    name = configs.names["text_encoder"]
+    return [
+        f"{name}: use_attention_mask is true, and a text encoder is exported for tokens alone: no such model can be"
     ]
 
 

@@ -134,6 +134,12 @@ def test_another_part_that_does_not_fit(
     assert re.search(expected, line), line
 
 
+def test_a_text_encoder_that_wants_a_mask(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sources["sd"], tmp_path / "model"))
+    edit(folder / "text_encoder" / "config.json", use_attention_mask=True)
+    assert re.search(r"text_encoder/config\.json: use_attention_mask is true, and .* for tokens alone", fault(folder))
+
+
 @pytest.mark.parametrize(
     ("part", "name"), [("unet", "UNetMotionModel"), ("vae", "AutoencoderTiny"), ("text_encoder", "T5EncoderModel")]
 )
