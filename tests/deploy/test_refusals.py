@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -192,8 +193,14 @@ def test_the_vae_answers_as_an_autoencoder_does(pipelines: dict[str, Pipeline], 
     ],
 )
 def test_calls_of_the_pipeline_object(
-    name: str, action: Callable[[Pipeline], Any], match: str, pipelines: dict[str, Pipeline]
+    name: str,
+    action: Callable[[Pipeline], Any],
+    match: str,
+    pipelines: dict[str, Pipeline],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     refused(lambda: action(pipelines[name]), match)
 
 
