@@ -19,6 +19,7 @@ from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.export import finish, make_folder, quantize_denoiser
 from pcr_export.export_engines import check_engines
 from pcr_export.export_job import Exported, Job
+from pcr_export.export_results import forget_report
 from pcr_export.export_validation import validate_artifact
 from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
@@ -35,6 +36,7 @@ from pcr_export.qdiffbench.html_report import write_html_report
 from pcr_export.qdiffbench.images import (
     forget_images_of_another_key,
     generate_images,
+    has_images_of,
     image_path,
     prompts_per_call,
 )
@@ -214,7 +216,10 @@ def judge_images(job: Job, exported: Exported, source: Path, prompts: Sequence[s
         ("float", float_key, lambda: make("float", paint_with(job.denoiser, job.denoiser))),
         ("int8", int8_key, make_int8),
     ):
-        forget_images_of_another_key(folders[name], key_hash(key) if job.resume else "")
+        image_key = key_hash(key) if job.resume else ""
+        if not has_images_of(folders[name], image_key):
+            forget_report(job.folder)  # which scores the images of before, and has one of them painted again
+        forget_images_of_another_key(folders[name], image_key)
         images = [image_path(folders[name], index) for index in range(len(prompts))]
         exported.stages.run(f"images-{name}", key, images, action)
     extractors, per_image = own_extractors(source), job.folder / "images" / "per_image.json"

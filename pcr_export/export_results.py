@@ -8,8 +8,8 @@ from pcr_export.recipe import Recipe
 from pcr_export.stages import write_bytes, write_text
 
 RECIPE, SENSITIVITY = "recipe.json", "sensitivity.json"
-OF_THE_RECIPE = ("manifest.json", "report.json", "report.html")  # made last, and of this recipe
-OF_THE_GRAPH = (RECIPE, *OF_THE_RECIPE, "evaluation.json", SENSITIVITY)
+OF_THE_REPORT = ("manifest.json", "report.json", "report.html")  # made last
+OF_THE_GRAPH = (RECIPE, *OF_THE_REPORT, "evaluation.json", SENSITIVITY)
 
 
 def forget_results(folder: Path) -> None:
@@ -22,6 +22,12 @@ def forget_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def forget_report(folder: Path) -> None:
+    """Remove what tells of the images, or of the recipe, that are about to be replaced."""
+    for name in OF_THE_REPORT:
+        (folder / name).unlink(missing_ok=True)
+
+
 def publish_recipe(folder: Path, recipe: Recipe, searched: Path | None) -> None:
     """Write recipe.json, and sensitivity.json, beside the graph that is there now.
 
@@ -30,8 +36,7 @@ def publish_recipe(folder: Path, recipe: Recipe, searched: Path | None) -> None:
     """
     path, text = folder / RECIPE, recipe.to_json()
     if not path.is_file() or path.read_bytes() != text.encode():
-        for name in OF_THE_RECIPE:
-            (folder / name).unlink(missing_ok=True)
+        forget_report(folder)
     if searched is None:
         (folder / SENSITIVITY).unlink(missing_ok=True)
     else:

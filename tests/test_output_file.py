@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pcr_export.cli import main
 from pcr_export.errors import PcrExportError
 from pcr_export.output_file import check_output_file
+from pcr_export.qdiffbench.images import write_png
 from pcr_export.usable_cpus import usable_cpus
 
 
@@ -34,6 +36,8 @@ def test_a_file_that_can_not_be_written_is_told_before_the_work(tmp_path: Path, 
         check_output_file(tmp_path / name, "--output", ".png")
     check_output_file(tmp_path / "new" / "OUT.PNG", "--output", ".png")
     assert not (tmp_path / "new").exists()
+    write_png(np.zeros((2, 2, 3), np.uint8), tmp_path / "new" / "OUT.PNG")
+    assert (tmp_path / "new" / "OUT.PNG").is_file()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -49,6 +49,20 @@ class Kernel:
         return any(word in self.kind.lower() for word in _PRODUCTS)
 
     @property
+    def reads_int8(self) -> bool:
+        """Whether two of its operands are Int8."""
+        return self.operands == (INT8, INT8)
+
+    @property
+    def may_multiply_floats(self) -> bool:
+        """Whether a generated kernel may hold a product that is not INT8: two operands of one other type, or types not told.
+
+        What prepares or finishes a product reads one activation, and scales of another type.
+        """
+        others = Counter(kind for kind in self.reads if kind != INT8)
+        return not self.reads_int8 and (UNKNOWN in others or max(others.values(), default=0) > 1)
+
+    @property
     def operands(self) -> tuple[str, ...]:
         """The data types of the two factors: the epilogue's scalars and the residual come after them or are not Int8."""
         return (INT8, INT8) if self.reads.count(INT8) >= 2 else self.reads[:2]
@@ -71,9 +85,9 @@ def parse_inspector(text: str) -> list[Kernel]:
 def prove_int8(kernels: Iterable[Kernel], layers: Sequence[str]) -> dict[str, str | None]:
     """For each layer None where its product runs in INT8, or the reason why not.
 
-    The product of layer L is the ONNX node `L/product#NUMBER`. It runs in INT8 where a kernel that does that node
-    reads two Int8 operands, and no product kernel that does it reads anything else (the branches of an `If` are
-    kernels of their own). Several layers may share one kernel.
+    The product of layer L is the ONNX node `L/product#NUMBER`. It runs in INT8 where a kernel that does that node reads two Int8
+    operands, and none that does it may hold a product of anything else: no product kernel (the branches of an `If` are kernels of their
+    own) and no generated one. Several layers may share one kernel.
     """
     by_layer: dict[str, list[Kernel]] = {layer: [] for layer in layers}
     for kernel in kernels:
@@ -102,14 +116,14 @@ def count_kernels(kernels: Iterable[Kernel]) -> tuple[tuple[str, str, str, int],
 def _why_not_int8(kernels: Sequence[Kernel]) -> str | None:
     if not kernels:
         return "no kernel names it"
-    products = [kernel for kernel in kernels if kernel.is_product] or list(kernels)
-    floats = [kernel for kernel in products if kernel.operands != (INT8, INT8)]
-    if not floats:
+    for kernel in kernels:
+        if kernel.is_product and not kernel.reads_int8:
+            return f"the builder chose {' x '.join(kernel.operands) or UNKNOWN}"
+        if not kernel.is_product and kernel.may_multiply_floats:
+            return f"fused into {kernel.kind}, which reads {_set(kernel.reads)}"
+    if any(kernel.reads_int8 for kernel in kernels):
         return None
-    if all(kernel.is_product for kernel in products):
-        return f"the builder chose {' x '.join(floats[0].operands) or UNKNOWN}"
-    # Fused into generated kernels: one of them is the product, the others only prepare or finish it.
-    return None if len(floats) < len(products) else f"fused into {floats[0].kind}, which reads {_set(floats[0].reads)}"
+    return f"fused into {kernels[0].kind}, which reads {_set(kernels[0].reads)}"
 
 
 def _parse_line(line: str) -> Kernel | None:

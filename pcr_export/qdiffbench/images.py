@@ -58,13 +58,18 @@ def generate_images(
             advance(len(indices))
 
 
+def has_images_of(folder: Path, key: str) -> bool:
+    """Whether the images of a folder, all or some, were made under this key."""
+    mark = folder / ".key"
+    return bool(key) and mark.is_file() and mark.read_text() == key
+
+
 def forget_images_of_another_key(folder: Path, key: str) -> None:
     """Images are kept one by one and resumed; those made under another key, or where the key is empty, are deleted first."""
-    mark = folder / ".key"
-    if not (key and mark.is_file() and mark.read_text() == key):
+    if not has_images_of(folder, key):
         if folder.exists():
             shutil.rmtree(folder)
-        write_text(mark, key)
+        write_text(folder / ".key", key)
 
 
 def missing_chunks(folder: Path, count: int, chunk: int) -> list[range]:
@@ -81,6 +86,7 @@ def write_chunk(pixels: np.ndarray, folder: Path, indices: range) -> None:
 
 def write_png(image: np.ndarray, path: Path) -> None:
     """Write uint8 [height, width, 3] as PNG, through a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     Image.fromarray(image).save(temporary, format="PNG")
     os.replace(temporary, path)

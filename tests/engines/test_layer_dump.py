@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from pcr_export.engines.layer_dump import Kernel, count_kernels, parse_dump, parse_inspector, prove_int8
 
 TENSOR = "{{ Name: {0}, Dimensions: [2,64], Strides: [64,1], StrideOrder: [1,0], Datatype: {1}, Format: (Linear) Row major }}"
@@ -79,6 +81,34 @@ def test_a_product_inside_a_generated_kernel_is_judged_by_what_it_reads() -> Non
 
     assert prove_int8([fused("Half"), fused("Int8", "Int8", "Float")], ["l"]) == {"l": None}
     assert prove_int8([fused("Half", "Half")], ["l"]) == {"l": "fused into kgen, which reads Half"}
+
+
+@pytest.mark.parametrize(
+    "reads", [("Half", "Half"), ("Int8", "Float", "Float"), ("unknown", "Int8"), ("UInt8", "UInt8")]
+)
+@pytest.mark.parametrize("kind", ["kgen", "gemm"])
+def test_one_int8_kernel_of_several_is_no_proof(kind: str, reads: tuple[str, ...]) -> None:
+    def kernel(kind: str, *reads: str) -> Kernel:
+        return Kernel(name="k", kind=kind, reads=reads, writes=("Half",), onnx_names=("l/product#1",))
+
+    proven = [kernel("kgen", "Half", "Float"), kernel(kind, "Int8", "Int8", "Float", "Float")]
+    assert prove_int8(proven, ["l"]) == {"l": None}
+    for kernels in ([*proven, kernel("kgen", *reads)], [kernel("kgen", *reads), *proven]):
+        assert prove_int8(kernels, ["l"])["l"] == f"fused into kgen, which reads {', '.join(sorted(set(reads)))}"
+    assert prove_int8([*proven, kernel("gemm", *reads)], ["l"])["l"] is not None
+
+
+def test_unsigned_bytes_are_not_signed_ones() -> None:
+    layer = {"Name": "k", "LayerType": "gemm", "Outputs": [], "Metadata": "[ONNX Layer: l/product#1]"}
+    for phrase, name in (
+        ("UInt8", "UInt8"),
+        ("Row major linear uint8 format", "UInt8"),
+        ("Vectorized Int8 format", "Int8"),
+    ):
+        inputs = [{"Name": "x", "Format/Datatype": phrase}] * 2
+        (kernel,) = parse_inspector(json.dumps({"Layers": [{**layer, "Inputs": inputs}]}))
+        assert kernel.reads == (name, name)
+        assert (prove_int8([kernel], ["l"])["l"] is None) == (name == "Int8")
 
 
 def test_a_layer_is_not_mistaken_for_one_whose_name_it_ends() -> None:

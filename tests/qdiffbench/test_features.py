@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import REFERENCE_MODEL
+from pcr_export.qdiffbench import features
 from pcr_export.qdiffbench.features import (
     INCEPTION_FILE,
     Clip,
@@ -18,6 +20,7 @@ from pcr_export.qdiffbench.features import (
     own_extractors,
     unweighted_lpips,
 )
+from pcr_export.stages import hash_file
 
 PROMPTS = ["a large red circle, plain white background", "a small blue square"]
 
@@ -164,6 +167,19 @@ def test_another_inception_is_refused(tmp_path):
     path = tmp_path / INCEPTION_FILE
     path.write_bytes(b"weights")
     with pytest.raises(PcrExportError, match="not torch-fidelity's InceptionV3: fetch https"):
+        _inception_weights(path)
+
+
+def test_all_digits_of_inceptions_hash_are_compared(tmp_path, monkeypatch):
+    assert len(features.INCEPTION_SHA256) == 64
+    assert features.INCEPTION_SHA256.startswith(Path(INCEPTION_FILE).stem.rsplit("-", 1)[1])
+    path = tmp_path / INCEPTION_FILE
+    path.write_bytes(b"weights")
+    digest = hash_file(path)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", digest)
+    assert _inception_weights(path) == path
+    monkeypatch.setattr(features, "INCEPTION_SHA256", digest[:-1] + ("0" if digest[-1] != "0" else "1"))
+    with pytest.raises(PcrExportError, match="not torch-fidelity's InceptionV3"):
         _inception_weights(path)
 
 

@@ -86,6 +86,8 @@ def write_export(folder):
         "artifact_vs_simulation_sqnr_db": 44.7,
         "per_step": [50.0 - step for step in range(STEPS - 1)] + [None],
         "rounding_floor_sqnr_db": 44.7,
+        "rounding_floor_per_step": [49.0 - step for step in range(STEPS)],
+        "asked_per_step": [38.0] * STEPS,
         "simulation_vs_fp32_sqnr_db": 36.8,
         "simulation_vs_fp32_per_step": [42.0 - step for step in range(STEPS)],
     }

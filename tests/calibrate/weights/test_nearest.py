@@ -47,7 +47,7 @@ ROWS["mixed"] = np.concatenate([ROWS[name][:3, :3] for name in ROWS])
 def test_the_search_ends_early_and_finds_the_same(
     kind: str, bits: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nearest, "THREADS", threads)
+    monkeypatch.setattr(nearest, "usable_cpus", lambda: threads)
     monkeypatch.setattr(nearest, "BLOCK_ELEMENTS", 4000)
     found = quantize_weight(ROWS[kind], bits)
     for expected, array in zip(full_search(ROWS[kind], np.float32(2 ** (bits - 1) - 1)), found, strict=True):
