@@ -78,6 +78,11 @@ def _seed_text(condition: Any) -> str:
     plain = condition is None or type(condition) in (str, bool, int, float)
     return str(condition) if plain else hash_content(condition)
 
+    def judging_batch(self, count: int) -> tuple[Sequence[Any], Sequence[int]]:
+        """The last `count` conditions with other noise than `noise_seeds`: new samples even where the first conditions are the same."""
+        conditions = self.conditions[-count:]
+        return conditions, prompt_seeds([str(condition) for condition in conditions], self.recipe.seed + 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
