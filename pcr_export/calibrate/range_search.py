@@ -22,7 +22,7 @@ from pcr_export.sites import Layer
 from pcr_export.stages import Facts, Key, Stages
 from pcr_export.step_scales import StepScales
 
-Rows = list[dict[str, Quantizer]]
+Rows = dict[float, dict[str, Quantizer]]  # by timestep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class RangeSearch:
             name: Calibration(self.denoiser, self.layers, replace(self.recipe, ranges=name)) for name in ESTIMATORS
         }
         steps = next(iter(calibrations.values())).timesteps
-        rows: dict[str, Rows] = {name: [] for name in ESTIMATORS}
+        rows: dict[str, Rows] = {name: {} for name in ESTIMATORS}
         timesteps = self.denoiser.timesteps
         walks = [self.denoiser.walk(*batch) for batch in canonical_batches(*self.observed, self.recipe)]
         inputs = [next(walk) for walk in walks]
@@ -100,11 +100,11 @@ class RangeSearch:
                     outputs.append(simulation.run(batch, Observe(histograms, step)))
                     advance(1)
                 for name, calibration in calibrations.items():
-                    if len(rows[name]) == step:  # a repeated timestep has one row
-                        rows[name].append(calibration.find_all(histograms, calibration.bits[step]))
+                    if timestep not in rows[name]:
+                        rows[name][timestep] = calibration.find_all(histograms, calibration.bits[step])
                 if index < len(timesteps) - 1:
                     inputs = [walk.send(output) for walk, output in zip(walks, outputs, strict=True)]
-        return {name: calibration.table(rows[name]) for name, calibration in calibrations.items()}
+        return {name: each.table([rows[name][timestep] for timestep in steps]) for name, each in calibrations.items()}
 
 
 def _mean_sqnr_db(reference: Tensor, found: Tensor) -> float:
