@@ -38,7 +38,6 @@ from pcr_export.calibrate.ranges import (
 from pcr_export.calibrate.simulate import Simulation, Visit
 from pcr_export.calibrate.site_observer import Histograms, Observe, count_activations
 from pcr_export.calibrate.weights.rounding import NEAREST_8
-from pcr_export.export import RANGE_PROMPTS
 from pcr_export.models.catalog import resolve
 from pcr_export.models.denoiser import Denoiser, Inputs, Walk, sample
 from pcr_export.models.load import load_model
@@ -344,13 +343,14 @@ def measure(case: Case, table: Table, arguments: argparse.Namespace) -> None:
 
 def search(case: Case) -> Facts:
     """What `--ranges auto` finds."""
-    conditions, seeds = ([x for batch in case.calibration for x in batch[i]][:RANGE_PROMPTS] for i in (0, 1))
+    conditions, seeds = ([x for batch in case.calibration for x in batch[i]] for i in (0, 1))
+    cut = len(seeds) * 2 // 3
     with tempfile.TemporaryDirectory() as folder:
         return RangeSearch(
             denoiser=case.denoiser,
             layers=case.layers,
-            conditions=conditions,
-            seeds=seeds,
+            observed=(conditions[:cut], seeds[:cut]),
+            judged=(conditions[cut:], seeds[cut:]),
             recipe=replace(case.recipe, ranges="auto"),
             folder=Path(folder),
             key={},

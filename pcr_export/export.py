@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 SENSITIVITY_PROMPTS = 32
 SKIP_PROMPTS = 8
-RANGE_PROMPTS = 16
+RANGE_PROMPTS = 32
 LEAST_RANGE_PROMPTS = 4  # also of large pictures: one prompt's final latents are chance
 SKIP_SAMPLES = 64  # UNet inputs over all steps: each block runs once for each of them and of its layers
 
@@ -214,15 +214,15 @@ def search_ranges(job: Job, example: Inputs) -> tuple[Job, Facts]:
     recipe = job.recipe
     if recipe.ranges != "auto":
         return job, {}
-    conditions, seeds = job.measured_batch(RANGE_PROMPTS, LEAST_RANGE_PROMPTS)
+    observed = job.measured_batch(RANGE_PROMPTS, LEAST_RANGE_PROMPTS)
     if searched_mean_bits(recipe.relax, recipe.relax_bits) is not None:
         recipe = replace(recipe, relax="none")
-    denoiser = rewrite_network(job.denoiser, example, conditions, seeds, recipe, track=job.track)
+    denoiser = rewrite_network(job.denoiser, example, *observed, recipe, track=job.track)
     chosen = RangeSearch(
         denoiser=denoiser,
         layers=find_layers(denoiser, example, recipe.skip),
-        conditions=conditions,
-        seeds=seeds,
+        observed=observed,
+        judged=job.judging_batch(max(LEAST_RANGE_PROMPTS, len(observed[0]) // 2)),
         recipe=recipe,
         folder=job.folder / ".stages" / "ranges",
         key=_calibration_key(replace(job, recipe=recipe)),

@@ -72,6 +72,11 @@ class Job:
         count = max(least, min(most, MEASURED_PIXELS // (self.recipe.height * self.recipe.width)))
         return self.conditions[:count], self.noise_seeds()[:count]
 
+    def judging_batch(self, count: int) -> tuple[Sequence[Any], Sequence[int]]:
+        """The last `count` conditions with other noise than `noise_seeds`: new samples even where the first conditions are the same."""
+        conditions = self.conditions[-count:]
+        return conditions, prompt_seeds([seed_text(condition) for condition in conditions], self.recipe.seed + 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import hold_folder
@@ -40,6 +41,7 @@ SIMULATION_IMAGES = 128  # the first ones: a simulation paints three times as lo
 SHOWN_SCHEMES = ("static-minmax", "pcr-last-20")  # whose images stand in the report
 SHOWN_METRICS = ("fid_to_fp32", "clip_score", "psnr_db", "lpips")  # on the terminal
 OTHER_NOISE = 1  # the seed of the float model's images with other noise
+PLACE = ("scheme", "simulated", "seed", "prompts", "domain", "eval_domain", "n_images")  # what a row is of
 SECTIONS = ("rows", "simulation", "calibration_sets", "scale_bars")
 
 
@@ -112,8 +114,7 @@ def _run_study(request: StudyRequest, track: Track, log: Callable[[str], None]) 
                 content["protocol"] = protocol
                 content.setdefault("reference", {})[row["domain"]] = {"clip_score": reference}
             row.setdefault("hardware", _hardware())
-        keys = {row["key"] for row in rows}
-        content[section] = [row for row in content.get(section, []) if row["key"] not in keys] + list(rows)
+        content[section] = replace_rows(content.get(section, []), rows)
         content["hardware"] = "; ".join(sorted({row["hardware"] for row in _all_rows(content)}))
         write_json(path, content)
 
@@ -137,6 +138,16 @@ def _sections(request: StudyRequest, study: Study) -> Iterator[tuple[str, list[F
         yield "calibration_sets", run_calibration_set(study, size, kind)
     if request.scale_bars:
         yield "scale_bars", run_scale_bars(study)
+
+
+def replace_rows(old: Sequence[Facts], new: Sequence[Facts]) -> list[Facts]:
+    """The rows of a section with `new` ones in the place of those that say what they are of: of an older calibration, say."""
+
+    def place(row: Facts) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in PLACE)
+
+    places = {place(row) for row in new}
+    return [row for row in old if place(row) not in places] + list(new)
 
 
 def image_pairs(study: Study) -> list[PairGroup]:

@@ -9,7 +9,7 @@ import pytest
 
 from pcr_export.errors import PcrExportError
 from pcr_export.study import METRICS
-from pcr_export.study_table import CALIBRATION_SETS, StudyRequest, run_study
+from pcr_export.study_table import CALIBRATION_SETS, StudyRequest, replace_rows, run_study
 
 SCHEMES = ("static-minmax", "pcr-last-20")
 
@@ -108,6 +108,12 @@ def test_bad_requests_are_refused_before_a_model_is_loaded(
     with pytest.raises(PcrExportError, match=match):
         run_study(replace(request_, out=tmp_path, **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_row_of_an_older_calibration_leaves_the_table() -> None:
+    row = {"scheme": "pcr-affine", "simulated": False, "seed": 0, "domain": "in", "n_images": 2048}
+    old = [{**row, "key": "one pass"}, {**row, "domain": "out", "key": "out"}, {**row, "seed": 1, "key": "seed"}]
+    assert [each["key"] for each in replace_rows(old, [{**row, "key": "today"}])] == ["out", "seed", "today"]
 
 
 def test_a_study_of_another_format_is_refused(tmp_path: Path, request_: StudyRequest) -> None:

@@ -1,4 +1,4 @@
-"""`--ranges auto`: the range estimator whose scales do least to the final latents of a few calibration prompts."""
+"""`--ranges auto`: the range estimator whose scales do least to final latents that they were not found from."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcr_export.calibrate.canonical_batches import canonical_batches
+from pcr_export.calibrate.canonical_batches import Batch, canonical_batches
 from pcr_export.calibrate.ranges import Quantizer
 from pcr_export.calibrate.simulate import Simulation, simulated_call
 from pcr_export.calibrate.site_observer import Calibration, Histograms, Observe
 from pcr_export.calibrate.weights.rounding import NEAREST_8
-from pcr_export.models.denoiser import Denoiser, Inputs, Walk, sample
+from pcr_export.models.denoiser import Denoiser, Inputs, sample
 from pcr_export.progress import Track, silent
 from pcr_export.recipe import ESTIMATORS, Recipe
 from pcr_export.sites import Layer
 from pcr_export.stages import Facts, Key, Stages
 from pcr_export.step_scales import StepScales
 
-Rows = list[dict[str, Quantizer]]
+Rows = dict[float, dict[str, Quantizer]]  # by timestep
 
 
 @dataclass(frozen=True, kw_only=True)
 class RangeSearch:
-    """One search: the network, the calibration prompts it is measured on, and where it keeps what is done.
+    """One search: the network, the prompts that scales are found from and those that judge them, and where it keeps what is done.
 
     A clipped activation is a bias, and biases add up over the steps, so an error of one call tells nothing here: each estimator's
     scales run to the final latents. They are those of the float trajectories, for one pass over these serves all estimators, and of
-    8-bit weights, for what is compared are activations.
+    8-bit weights, for what is compared are activations. Min-max clips nothing of what it has seen, so the judges are other samples.
     """
 
     denoiser: Denoiser
     layers: Sequence[Layer]
-    conditions: Sequence[Any]
-    seeds: Sequence[int]
+    observed: Batch  # any number of conditions and seeds
+    judged: Batch
     recipe: Recipe
     folder: Path
     key: Key
@@ -47,7 +46,7 @@ class RangeSearch:
     log: Callable[[str], None] = field(default=lambda _line: None)
 
     def run(self) -> Facts:
-        """{"ranges": the best estimator, "range_sqnr_db": {estimator: dB}}, the mean over prompts of their final latents' SQNR.
+        """{"ranges": the best estimator, "range_sqnr_db": {estimator: dB}}, the mean SQNR of the judges' final latents.
 
         A stopped search goes on with the next estimator.
         """
@@ -57,64 +56,55 @@ class RangeSearch:
         return {"ranges": max(decibels, key=lambda name: decibels[name]), "range_sqnr_db": decibels}
 
     def _measure(self, ranges: str) -> Facts:
-        tables, reference = self._float_pass
-        with (
-            Simulation(self.denoiser, self.layers, NEAREST_8) as simulation,
-            self.track(f"{ranges} ranges", self._num_calls) as advance,
-        ):
-            call = simulated_call(simulation, tables[ranges], self.denoiser.timestep)
+        table = self._tables[ranges]
+        with Simulation(self.denoiser, self.layers, NEAREST_8) as simulation:
+            call = simulated_call(simulation, table, self.denoiser.timestep)
+            found = self._final_latents(call, f"{ranges} ranges")
+        return {"sqnr_db": _mean_sqnr_db(self._float_latents, found)}
+
+    @cached_property
+    def _float_latents(self) -> Tensor:
+        return self._final_latents(self.denoiser, "float model")
+
+    @torch.inference_mode()
+    def _final_latents(self, call: Callable[[Inputs], Tensor], description: str) -> Tensor:
+        """Of the judges, float32 [samples, ...]."""
+        batches = canonical_batches(*self.judged, self.recipe)
+        with self.track(description, len(batches) * len(self.denoiser.timesteps)) as advance:
 
             def counted(inputs: Inputs) -> Tensor:
                 advance(1)
                 return call(inputs)
 
-            found = [sample(self.denoiser, counted, *batch) for batch in self._batches]
-        return {"sqnr_db": _mean_sqnr_db(reference, torch.cat(found))}
-
-    @property
-    def _batches(self) -> list[tuple[Sequence[Any], Sequence[int]]]:
-        return canonical_batches(self.conditions, self.seeds, self.recipe)
-
-    @property
-    def _num_calls(self) -> int:
-        return len(self._batches) * len(self.denoiser.timesteps)
+            return torch.cat([sample(self.denoiser, counted, *batch) for batch in batches])
 
     @cached_property
     @torch.inference_mode()
-    def _float_pass(self) -> tuple[dict[str, StepScales], Tensor]:
-        """Each estimator's table, and the float model's final latents; the histograms of one step at a time are in memory."""
+    def _tables(self) -> dict[str, StepScales]:
+        """By estimator, from the float trajectories of `observed`; the histograms of one step at a time are in memory."""
         calibrations = {
             name: Calibration(self.denoiser, self.layers, replace(self.recipe, ranges=name)) for name in ESTIMATORS
         }
         steps = next(iter(calibrations.values())).timesteps
-        rows: dict[str, Rows] = {name: [] for name in ESTIMATORS}
-        walks = [self.denoiser.walk(*batch) for batch in self._batches]
-        inputs, latents = [next(walk) for walk in walks], []
+        rows: dict[str, Rows] = {name: {} for name in ESTIMATORS}
+        timesteps = self.denoiser.timesteps
+        walks = [self.denoiser.walk(*batch) for batch in canonical_batches(*self.observed, self.recipe)]
+        inputs = [next(walk) for walk in walks]
         with (
             Simulation(self.denoiser, self.layers, None) as simulation,
-            self.track("float trajectories", self._num_calls) as advance,
+            self.track("float trajectories", len(walks) * len(timesteps)) as advance,
         ):
-            for timestep in self.denoiser.timesteps:
+            for index, timestep in enumerate(timesteps):
                 step, histograms, outputs = steps.index(timestep), Histograms(), []
                 for batch in inputs:
                     outputs.append(simulation.run(batch, Observe(histograms, step)))
                     advance(1)
                 for name, calibration in calibrations.items():
-                    if len(rows[name]) == step:  # a repeated timestep has one row
-                        rows[name].append(calibration.find_all(histograms, calibration.bits[step]))
-                ends = [_send(walk, output) for walk, output in zip(walks, outputs, strict=True)]
-                inputs = [following for following, _ in ends if following is not None]
-                latents = [final for _, final in ends if final is not None]
-        tables = {name: calibration.table(rows[name]) for name, calibration in calibrations.items()}
-        return tables, torch.cat(latents)
-
-
-def _send(walk: Walk, output: Tensor) -> tuple[Inputs | None, Tensor | None]:
-    """The next inputs, or the final latents."""
-    try:
-        return walk.send(output), None
-    except StopIteration as stop:
-        return None, stop.value
+                    if timestep not in rows[name]:
+                        rows[name][timestep] = calibration.find_all(histograms, calibration.bits[step])
+                if index < len(timesteps) - 1:
+                    inputs = [walk.send(output) for walk, output in zip(walks, outputs, strict=True)]
+        return {name: each.table([rows[name][timestep] for timestep in steps]) for name, each in calibrations.items()}
 
 
 def _mean_sqnr_db(reference: Tensor, found: Tensor) -> float:

@@ -41,6 +41,7 @@ SCHEMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "per-step-float": _PER_STEP_FLOAT,
         "pcr-symmetric": {"affine": False},
         "pcr-affine": {},
+        "pcr-minmax": {"ranges": "minmax"},
         "pcr-first-5": {"relax": "first:5%"},
         "pcr-first-10": {"relax": "first:10%"},
         "pcr-first-20": {"relax": "first:20%"},

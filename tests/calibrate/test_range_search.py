@@ -19,6 +19,7 @@ from pcr_export.recipe import ESTIMATORS, Recipe
 from pcr_export.report import summary_rows
 
 LABELS, SEEDS = [0, 1, 2], [10, 11, 12]
+JUDGES = [3, 4], [20, 21]
 
 
 def recipe(**changes):
@@ -31,8 +32,8 @@ def search(folder, denoiser, **changes):
     return RangeSearch(
         denoiser=denoiser,
         layers=layers,
-        conditions=LABELS,
-        seeds=SEEDS,
+        observed=(LABELS, SEEDS),
+        judged=JUDGES,
         recipe=recipe(**changes),
         folder=folder,
         key={"model": "toy"},
@@ -45,11 +46,11 @@ def test_each_estimator_is_judged_by_the_final_latents(tmp_path):
     facts = searched.run()
     assert set(facts["range_sqnr_db"]) == set(ESTIMATORS)
     assert facts["range_sqnr_db"][facts["ranges"]] == max(facts["range_sqnr_db"].values())
-    reference = sample(denoiser, denoiser, LABELS, SEEDS)
+    reference = sample(denoiser, denoiser, *JUDGES)
     for ranges, expected in facts["range_sqnr_db"].items():
         scales = calibrate(denoiser, layers, LABELS, SEEDS, recipe(ranges=ranges, scheme="float-trajectory"))
         with Simulation(denoiser, layers, NEAREST_8) as simulation:
-            found = sample(denoiser, simulated_call(simulation, scales, "t"), LABELS, SEEDS)
+            found = sample(denoiser, simulated_call(simulation, scales, "t"), *JUDGES)
         error, energy = ((x.double() ** 2).sum(dim=(1, 2, 3)) for x in (found - reference, reference))
         assert (10 * torch.log10(energy / error)).mean().item() == pytest.approx(expected, abs=1e-3)
 
