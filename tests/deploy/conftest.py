@@ -28,7 +28,7 @@ class ExportedFolder:
 
 TOY_UNET = """
 <ir_version: 10, opset_import: ["" : 21]>
-unet (float[batch, 4, height, width] sample, float timestep, float[batch, 16, 32] encoder_hidden_states,
+unet (float[batch, 4, height, width] sample, float timestep, float[batch, tokens, 32] encoder_hidden_states,
       float[batch, 24] timestep_cond) => (float[batch, 4, height, width] out_sample)
 {
     context = ReduceMean <keepdims = 0> (encoder_hidden_states)
