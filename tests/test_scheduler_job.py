@@ -16,20 +16,22 @@ from models.tiny_pipelines import tiny_sd
 
 from pcr_export import load_pipeline
 from pcr_export.cli import main
+from pcr_export.deploy.folder import write_configs
 from pcr_export.deploy.run import generate
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, ScheduleWarning
 from pcr_export.export_job import Job
 from pcr_export.export_pipeline import pipeline_job
 from pcr_export.models.catalog import resolve
 from pcr_export.models.denoiser import noise_levels
 from pcr_export.models.load import load_model
-from pcr_export.models.schedulers import make_scheduler
+from pcr_export.models.pipelines import denoiser_from_pipeline
+from pcr_export.models.schedulers import make_scheduler, read_scheduler
 from pcr_export.qdiffbench.painters import settings_of
 from pcr_export.recipe import Recipe, read_recipe
 from pcr_export.step_scales import read_step_scales
 
 ASKED = "KDPM2AncestralDiscreteScheduler:use_karras_sigmas=true"
-SETTINGS = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 16, "width": 16}
+SETTINGS = {"num_inference_steps": 5, "guidance_scale": 5.0, "height": 16, "width": 16}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -39,10 +41,35 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
+def test_the_scheduler_that_was_asked_for_is_everywhere(tmp_path: Path) -> None:
+    """In the walk that calibrates, in the exported folder, and in the float model that evaluate and study paint."""
+    source = tiny_sd(tmp_path / "random")
+    asked = {**SETTINGS, "scheduler": ASKED, "guidance_rescale": 0.7}
+    model = load_model(dataclasses.replace(resolve(str(source)), **asked))
+    job = pipeline_job(model, Recipe(model=str(source), calib_size=1, **asked), ["a"], tmp_path)
+    write_configs(model.pipeline, tmp_path / "exported")
+    of_folder = read_scheduler(tmp_path / "exported")
+    assert of_folder.to_json_string() == model.pipeline.scheduler.to_json_string()
+    assert type(of_folder).__name__ == ASKED.split(":")[0]
+    assert of_folder.config.use_karras_sigmas
+    painted = settings_of(job.recipe).load()
+    assert painted.timesteps == job.denoiser.timesteps
+    outputs = []
+    for denoiser in (painted, job.denoiser):
+        walk = denoiser.walk(["a"], [1])
+        inputs = next(walk)
+        noise = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(0))
+        outputs.append(walk.send(noise)["sample"])
+    assert torch.equal(*outputs)
+    plain = denoiser_from_pipeline(model.pipeline, **SETTINGS).walk(["a"], [1])
+    assert not torch.equal(outputs[0], (next(plain), plain.send(noise))[1]["sample"])  # guidance that is not rescaled
+
+
+@pytest.mark.slow
 def test_calibrate_with_what_you_deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler whose timesteps do not descend, with rescaled guidance: exported, drawn, drawn by diffusers, painted in float."""
     source = tiny_sd(tmp_path / "random")
-    small = ("--steps", 4, "--guidance-scale", 5, "--calib-size", 2, "--height", 16, "--width", 16, "--no-validate")
+    small = ("--steps", 5, "--guidance-scale", 5, "--calib-size", 2, "--height", 16, "--width", 16, "--no-validate")
     asked = ("--scheduler", ASKED, "--guidance-rescale", 0.7, "--relax", "0:2")
     assert run(monkeypatch, source, "--out", tmp_path, *small, *asked) == 0
     folder = tmp_path / "random-w8a8"
@@ -61,7 +88,7 @@ def test_calibrate_with_what_you_deploy(tmp_path: Path, monkeypatch: pytest.Monk
     pipeline = load_pipeline(folder)
     pipeline.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no ScheduleWarning
+        warnings.simplefilter("error", ScheduleWarning)
         drawn = generate(folder, "a red circle", seed=1)
         torch.manual_seed(5)
         assert np.array_equal(generate(folder, "a red circle", seed=1), drawn)
@@ -93,8 +120,8 @@ def test_relaxed_steps_are_noise_levels(tmp_path: Path) -> None:
         Job(denoiser=denoiser, recipe=recipe, conditions=[0], folder=tmp_path)
     second_order = dataclasses.replace(denoiser, timesteps=tuple(float(t) for t in range(7, 0, -1)))
     Job(denoiser=second_order, recipe=recipe, conditions=[0], folder=tmp_path)
-    with pytest.raises(PcrExportError, match="--relax 7:9 names step 8, but the 4 steps are 0 to 3"):
-        Recipe(model="x", relax="7:9", **SETTINGS)
+    with pytest.raises(PcrExportError, match="--relax 9:11 names step 10, but the 5 steps are 0 to 4"):
+        Recipe(model="x", relax="9:11", **SETTINGS)
 
 
 @pytest.mark.parametrize(
