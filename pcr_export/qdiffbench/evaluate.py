@@ -24,7 +24,7 @@ from pcr_export.progress import Track, silent
 from pcr_export.prompts import own_prompt_sets, prompt_seeds, read_prompts
 from pcr_export.qdiffbench.features import Extractors
 from pcr_export.qdiffbench.html_report import write_html_report
-from pcr_export.qdiffbench.images import forget_images_of_another_key, prompts_per_call
+from pcr_export.qdiffbench.images import forget_images_of_another_key, has_images_of, prompts_per_call
 from pcr_export.qdiffbench.metrics import METRICS, format_metric
 from pcr_export.qdiffbench.painters import (
     FloatPainter,
@@ -184,7 +184,10 @@ def _evaluate_domain(
         "artifact": FolderPainter(folder=evaluation.folder.resolve()),
     }
     for name, painter in painters.items():
-        forget_images_of_another_key(folder / name, key_hash(keys[name]) if evaluation.resume else "")
+        image_key = key_hash(keys[name]) if evaluation.resume else ""
+        if not has_images_of(folder / name, image_key):
+            (evaluation.folder / "evaluation.json").unlink(missing_ok=True)  # which scores the images of before
+        forget_images_of_another_key(folder / name, image_key)
         _paint(evaluation, domain, painter, folder / name, name)
 
     def measure() -> Facts:
