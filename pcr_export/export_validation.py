@@ -28,7 +28,6 @@ FIDELITY_PROMPTS = 16
 LATENCY_RUNS = 10
 MEASURES = "2"  # in the stage's key: another number, and every artifact is measured again
 LEAST_TO_FP32_DB = 6.0  # of the simulation over all steps: it misses by half of what the network computes
-SPARE_BYTES = 2**24  # that stay free on the disk
 WORST_LAYERS = 3  # that are named, to be left float
 
 
@@ -137,10 +136,10 @@ def _float_file(exported: Exported) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         free = shutil.disk_usage(folder).free
-        if free < needed + SPARE_BYTES:
+        if free < needed:
             raise PcrExportError(
-                f"the float network, which the artifact is timed beside, takes {needed / 1e9:.2f} GB on disk for a while, and "
-                f"{free / 1e9:.2f} GB are free in {folder}: make room, the same command goes on from here, or give --no-validate"
+                f"the float network, which the artifact is timed beside, takes {needed / 2**20:.0f} MiB on disk for a while, and "
+                f"{free / 2**20:.0f} MiB are free in {folder}: make room, the same command goes on from here, or give --no-validate"
             )
         save_model(graph, folder / "model.onnx")
         yield folder / "model.onnx"

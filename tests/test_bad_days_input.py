@@ -381,7 +381,7 @@ UNET, ENCODER, VAE = (
         ("model_index.json", lambda x: x.update({"_class_name": "../Pipeline"}), "can be exported"),
         ("model_index.json", lambda x: x.pop("text_encoder"), "names no text_encoder: fetch"),
         ("scheduler/scheduler_config.json", lambda x: x.update({"num_train_timesteps": 2}), "knows 2"),
-        ("scheduler/scheduler_config.json", lambda x: x.update({"num_train_timesteps": "many"}), "can't be loaded"),
+        ("scheduler/scheduler_config.json", lambda x: x.update({"num_train_timesteps": "many"}), "can't be set up"),
         ("unet/config.json", lambda x: x.update({"in_channels": 10**12}), "they are no pair"),
         ("unet/config.json", lambda x: x.update({"cross_attention_dim": 7}), "they are no pair"),
         ("unet/config.json", lambda x: x.update({"block_out_channels": [32, 96]}), "can't be loaded"),

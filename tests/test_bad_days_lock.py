@@ -60,6 +60,7 @@ def export(folder: Path) -> None:
 def evaluate(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "recipe.json").write_text(recipe().to_json())
+    (folder / "model_index.json").write_text("{}")
     evaluate_folder(Evaluation(folder=folder, images=2), None)
 
 

@@ -24,7 +24,7 @@ def warn_of_cut_prompts(tokenizers: Sequence[Any], prompts: Sequence[str], what:
         what: they are, in the plural, such as "calibration prompts".
         quote: whether the first one may be shown: not where the line goes to a server's log. The line is then always the same.
     """
-    if not prompts:
+    if not prompts or not tokenizers:  # an export with --strip-encoders has none
         return
     ids = [_token_ids(tokenizer, prompts) for tokenizer in tokenizers]
     limits = [int(tokenizer.model_max_length) for tokenizer in tokenizers]
