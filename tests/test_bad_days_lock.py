@@ -78,7 +78,7 @@ def test_the_second_writer_is_refused(
     ) as refused:
         write(tmp_path / name)
     record_property("line", str(refused.value).replace(str(tmp_path), "."))
-    assert {path.name for path in (tmp_path / name).iterdir()} <= {".stages", "recipe.json"}
+    assert {path.name for path in (tmp_path / name).iterdir()} <= {".stages", "recipe.json", "model_index.json"}
     assert [path.name for path in (tmp_path / name / ".stages").iterdir()] == ["lock"]
 
 
