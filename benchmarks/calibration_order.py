@@ -320,33 +320,28 @@ def measure(case: Case, table: Table, arguments: argparse.Namespace) -> None:
     histograms = functools.cache(lambda: float_histograms(case))
 
     def score(scheme: str, ranges: str, bits: int) -> Facts:
+        observed = histograms() if scheme in ("float-trajectory", "static") else []  # of float weights
+        expected = reference()
         with Simulation(case.denoiser, case.layers, NEAREST_8) as simulation:
-            rows = rows_of(case, simulation, scheme, ranges, bits, histograms)
-            return decibels(reference(), case.final_latents(call_with(case, simulation, rows, bits)))
-
-    def choose(rows: dict[str, Facts]) -> Facts:
-        chosen = search(case)
-        return {name: rows[chosen["ranges"]][name] for name in ("sqnr_db", "median_db")} | chosen
+            rows = rows_of(case, simulation, scheme, ranges, bits, observed)
+            return decibels(expected, case.final_latents(call_with(case, simulation, rows, bits)))
 
     for bits in map(int, arguments.bits.split(",")):
         for scheme in arguments.schemes.split(","):
             about = {"model": case.name, "scheme": scheme, "activation_bits": bits}
-            rows = {
-                ranges: table.add(
-                    {**about, "ranges": ranges}, functools.partial(score, scheme=scheme, ranges=ranges, bits=bits)
-                )
-                for ranges in arguments.ranges.split(",")
-            }
-            if arguments.auto and scheme == "observe-advance" and bits == 8:
-                table.add({**about, "ranges": "auto"}, functools.partial(choose, rows))
+            for ranges in arguments.ranges.split(","):
+                make = functools.partial(score, scheme=scheme, ranges=ranges, bits=bits)
+                table.add({**about, "ranges": ranges}, make)
+    if arguments.auto:
+        table.add({"model": case.name, "ranges": "auto"}, functools.partial(search, case))
 
 
 def search(case: Case) -> Facts:
-    """What `--ranges auto` finds."""
+    """What `--ranges auto` finds: from two thirds of the calibration set, judged by the rest."""
     conditions, seeds = ([x for batch in case.calibration for x in batch[i]] for i in (0, 1))
     cut = len(seeds) * 2 // 3
     with tempfile.TemporaryDirectory() as folder:
-        return RangeSearch(
+        found = RangeSearch(
             denoiser=case.denoiser,
             layers=case.layers,
             observed=(conditions[:cut], seeds[:cut]),
@@ -355,6 +350,7 @@ def search(case: Case) -> Facts:
             folder=Path(folder),
             key={},
         ).run()
+    return {"chosen": found["ranges"], "range_sqnr_db": found["range_sqnr_db"]}
 
 
 def rows_of(
@@ -363,13 +359,13 @@ def rows_of(
     scheme: str,
     ranges: str,
     bits: int,
-    histograms: Callable[[], list[Histograms]],
+    histograms: Sequence[Histograms],
 ) -> list[Row]:
     """A quantizer for each step and site, by one of SCHEMES. `histograms` are those of the float trajectories, with float weights."""
     if scheme == "float-trajectory":
-        return [find_row(case, each, ranges, bits) for each in histograms()]
+        return [find_row(case, each, ranges, bits) for each in histograms]
     if scheme == "static":
-        return [find_row(case, merged(histograms()), ranges, bits)] * len(case.denoiser.timesteps)
+        return [find_row(case, merged(histograms), ranges, bits)] * len(case.denoiser.timesteps)
     return progressive(case, simulation, ranges, bits, scheme == "one-pass")
 
 

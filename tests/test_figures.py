@@ -136,3 +136,19 @@ def test_rounding_methods_are_the_benchmarks():
     for row in rows:
         (line,) = [line for line in README.splitlines() if line.startswith(f"| {row['method']} | ")]
         assert f"{row['error']:.1e} ({row['seconds']:g} s)" in line
+
+
+def test_order_and_ranges_are_the_benchmarks():
+    rows = json.loads((RESULTS / "calibration_order.json").read_text())["rows"]
+    found = {}
+    for row in rows:
+        if row["ranges"] != "auto":
+            about = (row["model"], row["activation_bits"], row["ranges"])
+            found.setdefault(about, {})[row["scheme"]] = f"{row['sqnr_db']:.1f}"
+    assert {model for model, _, _ in found} == {"tiny-sdxl", "noise", "flow"}
+    for (model, bits, ranges), figures in found.items():
+        schemes = ("static", "float-trajectory", "one-pass", "observe-advance")
+        cells = " | ".join(figures.get(scheme, "") for scheme in schemes)
+        assert f"| {model} | {bits} | {ranges} | {cells} |" in README
+    chosen = [row["chosen"] for row in rows if row["ranges"] == "auto"]
+    assert f"it found {chosen[0]}, {chosen[1]} and {chosen[2]}," in README
