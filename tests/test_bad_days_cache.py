@@ -44,8 +44,10 @@ ADAROUND = {**GPTQ, "weights": "adaround", "adaround_iterations": 2}
 # Every setting of a recipe; one that is new has to be added with what depends on it.
 TABLE: dict[str, list[Change]] = {
     "model": [Change("another name", NONE)],  # the weights themselves are hashed
-    "num_inference_steps": [Change(6, ALL)],
+    "num_inference_steps": [],  # of a Denoiser its timesteps say; another number is refused
     "guidance_scale": [Change(2.0, ALL)],
+    "guidance_rescale": [Change(0.5, ALL, {"guidance_scale": 2.0})],
+    "scheduler": [Change("DDIMScheduler", ALL)],
     "height": [Change(24, ALL)],
     "width": [Change(24, ALL)],
     "weight_bits": [Change(7, ALL)],
@@ -127,7 +129,7 @@ def test_a_setting_runs_its_stages_again(name: str, change: Change, finished: An
     again = [line for line in lines if line.startswith("calibrate: running again")]
     assert all(re.search(rf"\brecipe {name}\b", line) for line in again), again  # the log names the setting
     parts = {part for line in again for part in line.split(": ")[-1].split(", ")}
-    noise = {"calibration set"} if name == "seed" else set()
+    noise = {"calibration set", "walk"} if name == "seed" else set()
     assert parts <= {f"recipe {each}" for each in (name, *ONLY_WITH)} | noise
 
 
