@@ -149,10 +149,10 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
 def test_a_recording_stopped_half_way_goes_on(tmp_path: Path) -> None:
     @contextlib.contextmanager
     def stop_at_the_third_step(description: str, _total: int):
-        steps = iter(range(2))
+        calls = iter(range(4))  # of two steps: observe, then advance
 
         def advance(_count: int) -> None:
-            if description == "calibrating" and next(steps, None) is None:
+            if description == "calibrating" and next(calls, None) is None:
                 raise KeyboardInterrupt
 
         yield advance

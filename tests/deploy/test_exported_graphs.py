@@ -15,7 +15,7 @@ from pcr_export.engine_settings import Range
 from pcr_export.engines.build_request import BuildRequest, trtexec_line
 from pcr_export.engines.engine_record import read_engine_record
 
-AXES: dict[str, Range] = {"batch": (2, 2, 8), "height": (8, 12, 16), "width": (8, 8, 16)}
+AXES: dict[str, Range] = {"batch": (2, 2, 8), "height": (8, 12, 16), "width": (8, 8, 16), "tokens": (16, 16, 16)}
 DIALECT = "unet/tensorrt/model.onnx"
 # what `trtexec --help` of TensorRT 10.14 and `tensorrt_rtx --help` of 1.x list, as far as a build can need it
 SHAPES = {"--minShapes", "--optShapes", "--maxShapes"}
@@ -52,7 +52,7 @@ def test_polygraphy_inspects(file: str, exported: Path) -> None:
 
 @pytest.mark.parametrize("file", ["unet/model.onnx", pytest.param(DIALECT, marks=pytest.mark.slow)])
 def test_polygraphy_runs_on_onnxruntime(file: str, exported: Path) -> None:
-    sizes = {"batch": 2, "height": 8, "width": 8}
+    sizes = {"batch": 2, "height": 8, "width": 8, "tokens": 16}
     inputs = {name: [sizes.get(str(dim), dim) for dim in dims] for name, dims in graph_inputs(exported / file).items()}
     shapes = [f"{name}:{str(dims).replace(' ', '')}" for name, dims in inputs.items() if dims]
     said = polygraphy("run", exported / file, "--onnxrt", "--input-shapes", *shapes)
