@@ -55,7 +55,7 @@ def check_folder(folder: Path) -> None:
             if path.suffix == ".json":
                 read_json(path)
         if component in WEIGHT_STEMS:
-            _check_weights(folder / component, WEIGHT_STEMS[component], weight_variant(folder))
+            _check_weights(folder / component, WEIGHT_STEMS[component], part_variant(folder, component))
 
 
 def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
@@ -89,6 +89,12 @@ def weight_variant(folder: Path) -> str | None:
     return fitting[0] if fitting else None
 
 
+def part_variant(folder: Path, part: str) -> str | None:
+    """The variant that `part` of the pipeline is read in; None: its plain weights."""
+    variant = weight_variant(folder)
+    return variant if variant in _variants(folder / part, WEIGHT_STEMS[part]) else None
+
+
 def _by_preference(found: Sequence[Set[str | None]]) -> list[str]:
     """fp16 first, which most repositories have."""
     return sorted(
@@ -104,8 +110,7 @@ def _variants(folder: Path, stem: str) -> set[str | None]:
 
 
 def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
-    variants = _variants(folder, stem)
-    suffix = f".{variant}" if variant in variants and variant is not None else ""
+    suffix = f".{variant}" if variant is not None else ""
     shards = folder / f"{stem}.safetensors.index{suffix}.json"
     plain = f"{stem}{suffix}.safetensors"
     names = _shards(shards) if shards.is_file() else [plain]
@@ -121,7 +126,7 @@ def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
                 f"{folder} holds pickled weights (.bin or .ckpt), which are not read: "
                 "load the pipeline with diffusers and save it with save_pretrained(..., safe_serialization=True)"
             )
-        others = ", ".join(sorted(name for name in variants if name))
+        others = ", ".join(sorted(name for name in _variants(folder, stem) if name))
         but = f" ({others} is there, which another part has not)" if others else ""
         raise PcrExportError(f"{path} is missing{but}: fetch the folder again")
 

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry
 from pcr_export.models.check_folder import check_folder
+from pcr_export.models.read_weights import read_weights
 
 HUB_ERRORS = (OSError, ValueError, RuntimeError)
 VARIANTS = (None, "fp16")  # of a UNet of its own repository, in the order in which they are looked for
@@ -97,13 +98,13 @@ def fetch_unet(hub_id: str, entry: CatalogEntry) -> Any:
     """The UNet2DConditionModel of a repository that holds it alone.
 
     Raises:
-        PcrExportError: neither the hub nor the cache has it as safetensors.
+        PcrExportError: neither the hub nor the cache has it as safetensors, or it lacks tensors.
     """
     errors: list[Exception] = []
     for variant in VARIANTS:
         try:
             with quiet():
-                return UNet2DConditionModel.from_pretrained(hub_id, use_safetensors=True, variant=variant)
+                return read_weights(UNet2DConditionModel, hub_id, variant=variant)
         except HUB_ERRORS as error:
             errors.append(error)
     raise _unreachable(entry, hub_id, errors[0]) from errors[0]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from pcr_export.errors import PcrExportError, first_line
 from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size, read_json, read_model_index, resolve
 from pcr_export.models.check_configs import check_configs
-from pcr_export.models.check_folder import check_folder, weight_variant
+from pcr_export.models.check_folder import WEIGHT_STEMS, check_folder, part_variant
 from pcr_export.models.denoiser import Denoiser
 from pcr_export.models.fetch import fetch_folder, fetch_unet, fetch_unet_config, quiet
 from pcr_export.models.fuse_lora import fuse_lora
 from pcr_export.models.pipelines import Pipeline, denoiser_from_pipeline
+from pcr_export.models.read_weights import read_weights
 from pcr_export.models.schedulers import check_walk, read_scheduler
 
 
@@ -128,16 +131,21 @@ def _read_pipeline(folder: Path, scheduler: Any) -> Pipeline:
         options["requires_safety_checker"] = False
     try:
         with quiet():
+            parts = {name: _read_part(folder, name, index[name]) for name in WEIGHT_STEMS if name in index}
             pipeline: Pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-                folder,
-                use_safetensors=True,
-                variant=weight_variant(folder),
-                local_files_only=True,
-                scheduler=scheduler,
-                **options,
+                folder, local_files_only=True, scheduler=scheduler, **parts, **options
             )
+    except PcrExportError:
+        raise
     except Exception as error:  # whatever damaged files make of two libraries, tokenizers' bare Exception too
         raise PcrExportError(
             f"{folder} can't be loaded as a {index['_class_name']} ({first_line(error)}): fetch it again"
         ) from error
     return pipeline
+
+
+def _read_part(folder: Path, name: str, named: Sequence[str]) -> torch.nn.Module:
+    """The part of a pipeline folder that model_index.json names as (library, class)."""
+    library, class_name = named
+    network_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+    return read_weights(network_class, folder / name, variant=part_variant(folder, name), local_files_only=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from hub_cache import cache_of
 from models.tiny_pipelines import tiny_sd, tiny_sdxl
 from safetensors.torch import load_file, save_file
 
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, PcrExportWarning
 from pcr_export.models.catalog import CatalogEntry, resolve
 from pcr_export.models.check_folder import check_folder, weight_variant
 from pcr_export.models.load import load_denoiser, load_float_pipeline, load_model
@@ -315,3 +318,39 @@ def test_a_unet_of_another_repository_that_is_cached_as_fp16(hub: Path, tmp_path
     cache_of(hub, "org/lcm", unet, has=lambda name: not name.startswith(plain))
     entry = CatalogEntry(name="lcm", source="org/base", unet="org/lcm", scheduler="LCMScheduler")
     assert load_model(entry).pipeline.unet.config.time_cond_proj_dim == 24
+
+
+PARTS_AND_FILES = [
+    ("unet", "diffusion_pytorch_model", "UNet2DConditionModel"),
+    ("vae", "diffusion_pytorch_model", "AutoencoderKL"),
+    ("text_encoder", "model", "CLIPTextModel"),
+]
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("part", "stem", "network"), PARTS_AND_FILES)
+def test_weights_that_lack_a_tensor_are_not_filled_with_chance(part: str, stem: str, network: str, copy: Path) -> None:
+    path = copy / part / f"{stem}.safetensors"
+    name = sorted(load_file(path))[3]
+    edit_weights(path, lambda tensors: tensors.pop(name))
+    with pytest.raises(
+        PcrExportError, match=rf"lack tensors of a {network} \(1, such as {re.escape(name)}\): fetch it"
+    ):
+        load_model(resolve(str(copy)))
+
+
+@pytest.mark.parametrize(("part", "stem", "network"), PARTS_AND_FILES)
+def test_weights_that_have_no_place_are_said_but_older_buffers(part: str, stem: str, network: str, copy: Path) -> None:
+    path = copy / part / f"{stem}.safetensors"
+    edit_weights(path, lambda tensors: tensors.update({"text_model.embeddings.position_ids": torch.arange(4)[None]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PcrExportWarning)
+        load_model(resolve(str(copy)))
+    edit_weights(path, lambda tensors: tensors.update({"adapter.weight": torch.zeros(2)}))
+    with pytest.warns(PcrExportWarning, match=rf"{network} has no place for tensors of it \(1, such as adapter.weight"):
+        load_model(resolve(str(copy)))
