@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -253,9 +255,12 @@ def _load_real_nets(inception: Path | None, clip: str | Path) -> RealNets:
             f"InceptionV3 and LPIPS need torch-fidelity and torchvision ({error}): pip install pcr-export[fid]"
         ) from error
     weights = _inception_weights(inception)
-    net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=False)
     try:
-        lpips = LearnedPerceptualImagePatchSimilarity("alex").net
+        with no_pickled_code():
+            net = NoTrainInceptionV3(
+                "inception-v3-compat", ["2048"], str(weights), antialias=False
+            )  # whose bytes are known
+            lpips = LearnedPerceptualImagePatchSimilarity("alex").net
     except (OSError, RuntimeError) as error:
         raise PcrExportError(
             f"AlexNet for LPIPS can't be fetched ({error}): put torchvision's alexnet-owt-7be5be79.pth into "
@@ -263,6 +268,19 @@ def _load_real_nets(inception: Path | None, clip: str | Path) -> RealNets:
         ) from error
     load = partial(_load_real_nets, inception and inception.resolve(), _absolute(clip))
     return RealNets(net, hash_file(weights), _load_clip(clip), lpips, load)
+
+
+@contextmanager
+def no_pickled_code() -> Iterator[None]:
+    """Inside, `torch.load` reads tensors alone, whatever the library that calls it asks for (torch-fidelity: weights_only=False)."""
+    force, forbid = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, forbid)}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _absolute(clip: str | Path) -> str | Path:

@@ -1,4 +1,6 @@
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -186,3 +188,24 @@ def test_all_digits_of_inceptions_hash_are_compared(tmp_path, monkeypatch):
 def test_missing_inception_says_which_option_gives_it(tmp_path):
     with pytest.raises(PcrExportError, match="as a file with --inception"):
         _inception_weights(tmp_path / "none.pth")
+
+
+class _RunsCode:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_of_a_pickle_runs_though_a_library_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"weight": torch.ones(2), "bad": _RunsCode(tmp_path / "ran")}, tmp_path / "bad.pth")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "good.pth")
+    with features.no_pickled_code():
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "bad.pth", weights_only=False)
+        assert torch.equal(torch.load(tmp_path / "good.pth", weights_only=False)["weight"], torch.ones(2))
+    assert not (tmp_path / "ran").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
