@@ -112,7 +112,8 @@ def test_full_disk_on_the_command_line(
     capsys.readouterr()  # of writing the model
     with pytest.raises(SystemExit) as stop:
         main()
-    lines = capsys.readouterr().err.strip().splitlines()
+    said = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in said if not line.startswith("warning: ")]  # of prompts that are too long for this model
     record_property("line", lines[-1].replace(str(disk), "."))
     assert stop.value.code not in (0, None)
     assert len(lines) == 1, lines
