@@ -207,7 +207,8 @@ def test_a_trial_keeps_what_the_walk_gives():
     tried, example, trace = try_denoiser(job(denoiser))
     seeds = tried.noise_seeds()
     assert torch.equal(sample(tried.denoiser, tried.denoiser, LABELS, seeds), sample(denoiser, denoiser, LABELS, seeds))
-    assert torch.equal(trace.output, denoiser(example))
+    # watched products may be summed in another order: some roundings of float32 on outputs of about 1
+    torch.testing.assert_close(trace.output, denoiser(example).detach(), rtol=1e-5, atol=1e-5)
     other, *_ = try_denoiser(job(replace(denoiser, walk=with_inputs(lambda inputs: {**inputs, "x": inputs["x"] * 2}))))
     assert other.walk_key != tried.walk_key  # another walk is calibrated anew
 
