@@ -30,9 +30,10 @@ def run(monkeypatch, *arguments) -> int:
 
 
 def refused(monkeypatch, capsys, *arguments) -> str:
-    """The one line of a run that is refused."""
+    """The one line of a run that is refused, beside warnings of prompts that are too long for a tiny model."""
     assert run(monkeypatch, *arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
+    said = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in said if not line.startswith("warning: ")]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
