@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, first_line
 from pcr_export.models.catalog import CatalogEntry, own_picture_size, picture_size, read_json, read_model_index
 from pcr_export.models.picture_sizes import check_picture_size, size_factor
 
@@ -112,9 +112,8 @@ def _text_config(folder: Path) -> CLIPTextConfig:
     try:
         return CLIPTextConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a damaged file makes of two libraries
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(" .:")
         raise PcrExportError(
-            f"{folder / 'config.json'} is no text encoder's ({reason}): fetch the folder again"
+            f"{folder / 'config.json'} is no text encoder's ({first_line(error)}): fetch the folder again"
         ) from error
 
 

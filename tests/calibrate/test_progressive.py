@@ -169,11 +169,8 @@ def test_overflowing_activations_name_the_site():
         run(denoiser)
 
 
-def test_a_repeated_timestep_is_observed_once():
-    """PNDM calls one timestep twice: T + 1 calls, T rows."""
-    timesteps = (3.0, 2.0, 2.0, 1.0)
-    assert num_unet_calls(timesteps, 1) == 2 + 2 + 1 + 1
-    assert num_unet_calls(timesteps, 5) == 5 * (2 + 2 + 1 + 1)
+def denoiser_at(timesteps):
+    """A denoiser that is called at these timesteps, in their order."""
     denoiser = class_conditional_denoiser()
 
     def walk(labels, seeds):
@@ -183,7 +180,15 @@ def test_a_repeated_timestep_is_observed_once():
             inputs["x"] = inputs["x"] - 0.1 * (yield inputs)
         return inputs["x"]
 
-    repeating = dataclasses.replace(denoiser, walk=walk, timesteps=timesteps)
+    return dataclasses.replace(denoiser, walk=walk, timesteps=timesteps)
+
+
+def test_a_repeated_timestep_is_observed_once():
+    """PNDM calls one timestep twice: T + 1 calls, T rows."""
+    timesteps = (3.0, 2.0, 2.0, 1.0)
+    assert num_unet_calls(timesteps, 1) == 2 + 2 + 1 + 1
+    assert num_unet_calls(timesteps, 5) == 5 * (2 + 2 + 1 + 1)
+    repeating = denoiser_at(timesteps)
     sizes = count_calls(repeating)
     scales = run(repeating, **FOUR_A_CALL)
     assert scales.timesteps.tolist() == [3.0, 2.0, 1.0]
@@ -194,17 +199,7 @@ def test_a_repeated_timestep_is_observed_once():
 def test_rows_descend_though_the_walk_does_not(scheme):
     """DPM2 ancestral: a level of the walk may lie above the one before. A row is of its timestep; relaxed are the noisiest."""
     timesteps = (3.0, 1.75, 2.0, 2.0, 1.0)
-    denoiser = class_conditional_denoiser()
-
-    def walk(labels, seeds):
-        inputs = next(denoiser.walk(labels, seeds))
-        for timestep in timesteps:
-            inputs = {**inputs, "t": torch.tensor(timestep)}
-            inputs["x"] = inputs["x"] - 0.1 * (yield inputs)
-        return inputs["x"]
-
-    inverted = dataclasses.replace(denoiser, walk=walk, timesteps=timesteps)
-    scales = run(inverted, scheme=scheme, relax="0:2")
+    scales = run(denoiser_at(timesteps), scheme=scheme, relax="0:2")
     assert scales.timesteps.tolist() == [3.0, 2.0, 1.75, 1.0]
     assert (scales.bits > 8).tolist() == [True, True, False, False]
 
