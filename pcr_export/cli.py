@@ -109,7 +109,6 @@ StripEncoders = Annotated[
 
 @app.command(cls=Command)
 def export(
-    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="catalog name (tiny-sdxl, sd15, sdxl, ...), hub id or diffusers folder")],
     out: Annotated[Path, typer.Option(help="parent of the output folder NAME-wXaY")] = Path("engines"),
     bits: Annotated[str, typer.Option(help="bits of weights and activations")] = "w8a8",
@@ -158,7 +157,8 @@ def export(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tell more, and show tracebacks")] = False,
 ) -> None:
     """Calibrate MODEL, write its INT8 ONNX and everything around it, validate it and report."""
-    request = ExportRequest(**{name: value for name, value in ctx.params.items() if name not in ("dry_run", "verbose")})
+    arguments = dict(locals())
+    request = ExportRequest(**{name: value for name, value in arguments.items() if name not in ("dry_run", "verbose")})
     request.check()
     if dry_run:
         _print_rows(request.plan_rows(), "plan")
