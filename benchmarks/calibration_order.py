@@ -44,7 +44,8 @@ from pcr_export.models.load import load_model
 from pcr_export.prompts import own_prompt_sets, prompt_seeds, read_prompts
 from pcr_export.recipe import ESTIMATORS, Recipe
 from pcr_export.sites import Layer
-from pcr_export.stages import Facts, write_json
+from pcr_export.stages import Facts
+from pcr_export.write_files import write_json
 
 SCHEMES = ("float-trajectory", "one-pass", "observe-advance", "static")
 UNCONDITIONAL_STEPS = {"noise": 30, "flow": 20}

@@ -32,7 +32,7 @@ from pcr_export.calibrate.weights.block import Block
 from pcr_export.calibrate.weights.block_inputs import BlockCall, find_blocks
 from pcr_export.recipe import SKIPPED_BY_DEFAULT
 from pcr_export.sites import Layer
-from pcr_export.stages import write_json
+from pcr_export.write_files import write_json
 
 LATENT_FACTOR = 8  # pixels of a latent's side
 ROUNDED_BITS = 4

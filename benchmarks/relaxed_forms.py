@@ -33,7 +33,7 @@ from pcr_export.engines.layer_dump import HOST_JUMPS, POINTWISE, Kernel, count_k
 from pcr_export.engines.onnx_files import input_shapes
 from pcr_export.engines.tensorrt import BuildRequest, build_engine
 from pcr_export.errors import PcrExportError
-from pcr_export.stages import write_json
+from pcr_export.write_files import write_json
 
 LATENT = {"small": 32, "sdxl": 128}
 GIB, MB = 2**30, 1e6

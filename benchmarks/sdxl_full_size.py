@@ -39,8 +39,8 @@ from pcr_export.models.pipelines import call_unet
 from pcr_export.recipe import SKIPPED_BY_DEFAULT
 from pcr_export.relaxed_steps import parse_relaxed_steps
 from pcr_export.sites import Layer
-from pcr_export.stages import write_json
 from pcr_export.step_scales import StepScales
+from pcr_export.write_files import write_json
 
 CONVENTIONAL = "static Q/DQ, per-channel weights"
 STATIC, PER_STEP, RELAXED = "static scales", "step scales", "step scales, relaxed steps"

@@ -38,7 +38,7 @@ from pcr_export.prompts import REFERENCE, own_prompt_sets, prompt_seeds, read_pr
 from pcr_export.qdiffbench.distances import psnr_db
 from pcr_export.qdiffbench.painters import FolderPainter
 from pcr_export.request import PART_FORMS
-from pcr_export.stages import write_json
+from pcr_export.write_files import write_json
 
 CALLS = 5  # of which the median counts
 

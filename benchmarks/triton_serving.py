@@ -24,7 +24,7 @@ from rich.table import Table
 from pcr_export.deploy.run import generate
 from pcr_export.deploy.triton_repository import check_triton_repository
 from pcr_export.recipe import read_recipe
-from pcr_export.stages import write_json
+from pcr_export.write_files import write_json
 
 PERCENTILES = (50, 95, 99)
 CHECKED = 8  # images compared with those of `generate`

@@ -27,9 +27,10 @@ from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.progress import silent
 from pcr_export.prompts import REFERENCE, prompt_seeds
 from pcr_export.qdiffbench.schemes import SCHEMES
-from pcr_export.stages import Facts, write_json
+from pcr_export.stages import Facts
 from pcr_export.study import Study, export_scheme, run_scheme
 from pcr_export.study_table import StudyRequest, open_study
+from pcr_export.write_files import write_json
 
 BEST = SCHEMES["pcr-last-20-split"]
 GPTQ: Mapping[str, Any] = {**BEST, "weights": "gptq"}

@@ -36,7 +36,7 @@ from pcr_export.models.catalog import resolve
 from pcr_export.models.load import load_model
 from pcr_export.prompts import REFERENCE, choose_prompts, own_prompt_sets, prompt_seeds, read_prompts
 from pcr_export.recipe import Recipe
-from pcr_export.stages import write_json
+from pcr_export.write_files import write_json
 
 BLOCKS = (
     "down_blocks.1.resnets.0",

@@ -29,7 +29,7 @@ from pcr_export.engines.flavours import gpu_target
 from pcr_export.errors import PcrExportError
 from pcr_export.export_engines import EngineJob, check_engines, make_engines, measure_on_gpu
 from pcr_export.export_job import Exported, Job
-from pcr_export.export_results import forget_results, publish_recipe
+from pcr_export.export_results import after_forgetting_report, forget_results, publish, publish_recipe
 from pcr_export.export_trial import lazy_float_graph, try_denoiser, try_tracing
 from pcr_export.export_validation import refuse_bad_results, validate_artifact
 from pcr_export.folder_lock import hold_folder
@@ -46,8 +46,9 @@ from pcr_export.recipe import recipe_key, split_skip
 from pcr_export.relaxed_steps import format_steps, searched_mean_bits
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
-from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
+from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash
 from pcr_export.step_scales import StepScales, read_step_scales, write_step_scales
+from pcr_export.write_files import json_text, open_new, refuse_linked_folders, temporary_beside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -118,7 +119,8 @@ def quantize_denoiser(job: Job) -> Exported:
     engines: list[Facts] = []
     if job.engines.wants_tensorrt:
         path = tensorrt_onnx(folder)
-        stages.run("quantize-tensorrt", graph_key, onnx_files(path), lambda: lower("tensorrt", path))
+        action = after_forgetting_report(folder, lambda: lower("tensorrt", path))
+        stages.run("quantize-tensorrt", graph_key, onnx_files(path), action)
         engines = _make_engines(job, layers, axes, float_graph)
     return Exported(
         denoiser=job.denoiser,
@@ -375,7 +377,7 @@ def finish(job: Job, exported: Exported, validation: Facts) -> dict[str, Any]:
         validation=validation,
         warnings=exported.warnings,
     )
-    write_json(job.folder / "report.json", report)
+    publish(job.folder / "report.json", json_text(report))
     refuse_bad_results(report, job.recipe.min_sqnr_db, job.folder / "report.json")
     return report
 
@@ -384,8 +386,9 @@ def make_folder(folder: Path) -> None:
     """Make the output folder and prove that it can be written to. Raises PcrExportError where it can't."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
+        refuse_linked_folders(folder)
+        probe = temporary_beside(folder / "probe")
+        open_new(probe).close()
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise PcrExportError(

@@ -19,10 +19,12 @@ from pcr_export.engines.tensorrt import (
     trtexec_line,
 )
 from pcr_export.errors import PcrExportError
+from pcr_export.export_results import forget_report
 from pcr_export.graph.quantize import write_half_onnx
 from pcr_export.progress import Track
 from pcr_export.report import finite
-from pcr_export.stages import Facts, write_text
+from pcr_export.stages import Facts
+from pcr_export.write_files import write_text
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -125,6 +127,7 @@ def _build(job: EngineJob, request: BuildRequest) -> EngineRecord:
         job.log(f"{request.target}: built before, nothing changed")
         return record
     job.log(f"{request.target}: building, {'; '.join(reasons)}")
+    forget_report(job.folder)
     return build_engine(request, job.track)
 
 

@@ -14,12 +14,12 @@ import torch
 from pcr_export.calibrate.layers import check_skip
 from pcr_export.deploy.folder import unet_files, write_pipeline_folder, write_unet_folder, written_files
 from pcr_export.deploy.smaller_parts import part_inputs, shrink_parts
-from pcr_export.deploy.triton_repository import REPOSITORY, write_triton_repository
+from pcr_export.deploy.triton_repository import REPOSITORY, repository_key, repository_paths, write_triton_repository
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.export import finish, make_folder, quantize_denoiser
 from pcr_export.export_engines import check_engines
 from pcr_export.export_job import Exported, Job
-from pcr_export.export_results import forget_report
+from pcr_export.export_results import after_forgetting_report, forget_report
 from pcr_export.export_validation import validate_artifact
 from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
@@ -78,11 +78,12 @@ def _export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str], 
     exported = quantize_denoiser(job)
     key = _package_key(job, exported, parts)
     files = unet_files(job.folder) if parts is None else written_files(model.pipeline, job.folder)
-    exported = replace(exported, parts=exported.stages.run("package", key, files, lambda: _package(job, model, parts)))
+    package = after_forgetting_report(job.folder, lambda: _package(job, model, parts))
+    exported = replace(exported, parts=exported.stages.run("package", key, files, package))
     if parts is None:
         shutil.rmtree(job.folder / REPOSITORY, ignore_errors=True)  # which would have no text encoders to name
     else:
-        write_triton_repository(job.folder)
+        _serve(job, exported, key)
     validation = {}
     if job.validate:
         fidelity = validate_artifact(job, exported)
@@ -92,6 +93,15 @@ def _export_pipeline(job: Job, model: LoadedModel, eval_prompts: Sequence[str], 
     write_html_report(job.folder)
     write_manifest(job.folder, _first_image(job, eval_prompts) if job.validate else None)
     return report
+
+
+def _serve(job: Job, exported: Exported, package_key: Key) -> None:
+    def write() -> Facts:
+        write_triton_repository(job.folder)
+        return {}
+
+    key = {**exported.key, **package_key, **repository_key(job.folder)}
+    exported.stages.run("triton", key, repository_paths(job.folder), after_forgetting_report(job.folder, write))
 
 
 def run_request(request: ExportRequest, *, track: Track, log: Callable[[str], None]) -> dict[str, Any]:

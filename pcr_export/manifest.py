@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pcr_export.errors import PcrExportError
+from pcr_export.folder_lock import last_command
 from pcr_export.path_inside import is_name_inside
-from pcr_export.stages import hash_file, write_text
+from pcr_export.stages import hash_file
+from pcr_export.write_files import write_text
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -28,6 +31,14 @@ LISTED = (  # what deployment and `inspect` read; a new part of the folder joins
     "vae_*/**/*",
     "triton/**/*",
 )
+OF_AN_EXPORT = (
+    ".stages",
+    "recipe.json",
+    "step_scales.safetensors",
+    "unet/model.onnx",
+)  # of one that has not ended, too
+GRAPH_FILES = ("model.onnx", "model.onnx_data")
+SMALL_BYTES = 2**22  # of files that every reader hashes
 LEFT_OUT = ("*.timing_cache", "*.jit", "*.tmp", "build_commands.txt")  # of those, what no deployment needs
 
 
@@ -68,6 +79,26 @@ def check_exported_folder(folder: Path) -> None:
         raise PcrExportError(f"{folder} is no folder: give one that an export wrote, such as engines/sdxl-w8a8")
 
 
+def check_finished(folder: Path) -> None:
+    """Hold what an export wrote to its manifest, in milliseconds: small files by their bytes, large ones by their size.
+
+    What people add or change for a deployment is no matter here: engines, Triton's repository, images.
+
+    Raises:
+        PcrExportError: `folder` is no export's, its export has not ended, or a file of it is not as that export left it.
+    """
+    check_exported_folder(folder)
+    files = {name: each for name, each in read_manifest(folder).files.items() if _is_of_the_artifact(name)}
+    found = [fault for name, listed in files.items() if (fault := _damage(folder, name, listed, SMALL_BYTES))]
+    if found:
+        raise PcrExportError(f"{_few(folder, found)}: {_copy_again(folder)}")
+
+
+def _is_of_the_artifact(name: str) -> bool:
+    top, _, rest = name.partition("/")
+    return rest in ("config.json", *GRAPH_FILES) if top == "unet" else top not in ("triton", "images")
+
+
 def write_manifest(folder: Path, image: StoredImage | None = None) -> Manifest:
     """Hash what deployment reads and write FOLDER/manifest.json: the last file of an export. Same files, same bytes.
 
@@ -101,11 +132,11 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of an exported folder.
 
     Raises:
-        PcrExportError: there is none, a byte of it is not as it was written, or it names a file outside the folder.
+        PcrExportError: there is none, as long as an export has not ended, a byte is not as it was written, or it names a file outside.
     """
     path = folder / NAME
     if not path.is_file():
-        raise PcrExportError(f"{folder} has no {NAME}, so no export ended there: run the export again")
+        raise PcrExportError(_why_there_is_none(folder))
     try:
         text = path.read_text("utf-8")
         content = json.loads(text)
@@ -126,6 +157,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _why_there_is_none(folder: Path) -> str:
+    if not any((folder / name).exists() for name in OF_AN_EXPORT):
+        return f"{folder} is no exported folder: make one with `pcr-export MODEL`"
+    command = last_command(folder)
+    again = f"run `{command}` again, or wait for its end" if command else "run the export again"
+    return f"{folder}: this export is not finished (it has no {NAME}): {again}"
+
+
 def file_below(folder: Path, name: str) -> Path:
     """The path of `name` below `folder`. Raises PcrExportError where it leads out of it.
 
@@ -136,24 +175,29 @@ def file_below(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def damages(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """What differs from the manifest, a line for each file: missing, of another size, or with other bytes."""
-    for name, listed in manifest.files.items():
-        path = file_below(folder, name)
-        if not path.is_file():
-            yield f"{name} is missing"
-        elif (size := path.stat().st_size) != listed.bytes:
-            yield f"{name} has {size} bytes, not {listed.bytes}"
-        elif (digest := hash_file(path)) != listed.sha256:
-            yield f"{name} has sha256 {digest[:12]}, not {listed.sha256[:12]}"
-
-
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Hash every file of the manifest. Raises PcrExportError (exit code 3) that names those that differ."""
-    found = list(damages(folder, manifest))
+    found = [fault for name, listed in manifest.files.items() if (fault := _damage(folder, name, listed))]
     if found:
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-        raise PcrExportError(f"{folder}: {'; '.join(found[:3])}{more}: {_copy_again(folder)}", exit_code=3)
+        raise PcrExportError(f"{_few(folder, found)}: {_copy_again(folder)}", exit_code=3)
+
+
+def _damage(folder: Path, name: str, listed: ListedFile, hashed_bytes: float = math.inf) -> str | None:
+    """How a file differs from the manifest: missing, of another size, or, where it has at most `hashed_bytes`, with other bytes."""
+    path = file_below(folder, name)
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != listed.bytes:
+        return f"{name} has {size} bytes, not {listed.bytes}"
+    if size <= hashed_bytes and (digest := hash_file(path)) != listed.sha256:
+        return f"{name} has sha256 {digest[:12]}, not {listed.sha256[:12]}"
+    return None
+
+
+def _few(folder: Path, faults: Sequence[str]) -> str:
+    """The first three of them."""
+    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+    return f"{folder}: {'; '.join(faults[:3])}{more}"
 
 
 def _listed_file(path: Path) -> ListedFile:

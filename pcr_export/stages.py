@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pcr_export.write_files import write_json
 
 Key = Mapping[str, str]  # what a stage depends on: part -> its hash or value
 Facts = dict[str, Any]  # what a stage tells the report; plain JSON
@@ -24,29 +25,6 @@ def hash_file(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, through a temporary name."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, through a temporary name."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data`, through a temporary name. Raises OSError that names the file, of which nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a full disk has room again
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Stages:

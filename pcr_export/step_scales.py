@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from pcr_export.errors import PcrExportError
-from pcr_export.stages import write_bytes
+from pcr_export.write_files import write_bytes
 
 FORMAT = 1
 ZERO_POINT_SYMMETRIC = 128

@@ -26,9 +26,10 @@ from pcr_export.qdiffbench.study_report import write_study_report
 from pcr_export.qdiffbench.workers import Workers, worker_processes
 from pcr_export.recipe import Recipe
 from pcr_export.request import CALIBRATION_PIXELS_PER_CALL
-from pcr_export.stages import Facts, write_json
+from pcr_export.stages import Facts
 from pcr_export.study import Domain, Study, run_scheme, score, score_recipe
 from pcr_export.usable_cpus import usable_cpus
+from pcr_export.write_files import write_json
 
 FORMAT = 1
 CALIBRATION_SETS = ((4, "in"), (16, "in"), (64, "in"), (256, "in"), (64, "out"), (64, "mixed"), (64, "empty"))

@@ -20,7 +20,7 @@ from pcr_export.errors import PcrExportError
 from pcr_export.export import export_denoiser
 from pcr_export.export_job import Job
 from pcr_export.prompts import read_prompts
-from pcr_export.stages import write_bytes
+from pcr_export.write_files import write_bytes
 
 DISK_BYTES = 2**21
 CHANGING = {

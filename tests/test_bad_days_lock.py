@@ -15,7 +15,8 @@ from class_conditional import class_conditional_denoiser
 
 from pcr_export import Job, Recipe, export_denoiser
 from pcr_export.errors import PcrExportError
-from pcr_export.folder_lock import hold_folder, lock_file
+from pcr_export.folder_lock import hold_folder, last_command, lock_file
+from pcr_export.manifest import write_manifest
 from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder
 from pcr_export.study_table import StudyRequest, run_study
 
@@ -61,6 +62,7 @@ def evaluate(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "recipe.json").write_text(recipe().to_json())
     (folder / "model_index.json").write_text("{}")
+    write_manifest(folder)
     evaluate_folder(Evaluation(folder=folder, images=2), None)
 
 
@@ -78,7 +80,12 @@ def test_the_second_writer_is_refused(
     ) as refused:
         write(tmp_path / name)
     record_property("line", str(refused.value).replace(str(tmp_path), "."))
-    assert {path.name for path in (tmp_path / name).iterdir()} <= {".stages", "recipe.json", "model_index.json"}
+    assert {path.name for path in (tmp_path / name).iterdir()} <= {
+        ".stages",
+        "recipe.json",
+        "model_index.json",
+        "manifest.json",
+    }
     assert [path.name for path in (tmp_path / name / ".stages").iterdir()] == ["lock"]
 
 
@@ -91,10 +98,13 @@ def test_a_killed_holder_leaves_no_lock(tmp_path: Path, hold: Callable) -> None:
         assert lock_file(tmp_path).read_text().startswith(str(os.getpid()))
 
 
-def test_the_lock_ends_with_the_work_and_leaves_no_trace_of_it(tmp_path: Path) -> None:
+def test_the_lock_ends_with_the_work_and_tells_of_work_that_did_not_end(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), hold_folder(tmp_path):
             raise ZeroDivisionError
+        assert last_command(tmp_path).startswith(Path(sys.argv[0]).name)
+    with hold_folder(tmp_path):
+        pass
     assert lock_file(tmp_path).read_bytes() == b""  # so that equal exports are equal to the byte
 
 

@@ -138,7 +138,9 @@ def test_missing_and_truncated_files_are_named_together(folder):
 
 def test_an_export_that_did_not_end(folder):
     (folder / NAME).unlink()
-    with pytest.raises(PcrExportError, match="no export ended there: run the export again"):
+    with pytest.raises(
+        PcrExportError, match=r"this export is not finished \(it has no manifest.json\): run the export again"
+    ):
         check(folder)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pcr_export.calibrate.ranges import Quantizer
 from pcr_export.errors import PcrExportError
-from pcr_export.stages import write_bytes
+from pcr_export.write_files import write_bytes
 
 
 @dataclass(frozen=True)

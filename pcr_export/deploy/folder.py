@@ -19,7 +19,7 @@ import diffusers
 from pcr_export.deploy.onnx_parts import export_text_encoder, export_vae_decoder, export_vae_encoder
 from pcr_export.models.catalog import HANDED_OVER
 from pcr_export.models.pipelines import Pipeline
-from pcr_export.stages import write_json, write_text
+from pcr_export.write_files import write_json, write_text
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")

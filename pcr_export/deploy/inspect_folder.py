@@ -11,8 +11,7 @@ from typing import Any
 from pcr_export.engines.engine_folder import engine_targets
 from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.errors import PcrExportError
-from pcr_export.manifest import NAME as MANIFEST
-from pcr_export.manifest import check_exported_folder, read_manifest
+from pcr_export.manifest import check_finished, read_manifest
 from pcr_export.models.catalog import read_json
 from pcr_export.report import check_format
 from pcr_export.sites import block_of
@@ -41,10 +40,8 @@ def inspect_folder(folder: Path) -> Facts:
     Raises:
         PcrExportError: the folder is no export, or one of these files is damaged or of another version.
     """
-    check_exported_folder(folder)
+    check_finished(folder)
     path = folder / "report.json"
-    if not path.is_file():
-        raise PcrExportError(f"{folder} has no report.json, so no export ended there: make one with `pcr-export MODEL`")
     report, scales = read_json(path), read_step_scales(folder / "step_scales.safetensors")
     index = folder / "model_index.json"
     with _reading(path, report):
@@ -131,8 +128,6 @@ def _engine(folder: Path, report: Mapping[str, Any], target: str) -> Facts:
 
 def _files(folder: Path) -> Facts:
     """Names, sizes and hashes as the manifest has them (`verify` holds the files against it), and the bytes of each part."""
-    if not (folder / MANIFEST).is_file():
-        return {"files": None, "parts": None}
     files = read_manifest(folder).files
     parts: dict[str, int] = defaultdict(int)
     for name, listed in files.items():

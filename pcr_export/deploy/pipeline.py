@@ -20,7 +20,7 @@ from pcr_export.engines.engine_folder import engine_targets, find_engine
 from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.engines.flavours import gpu_target
 from pcr_export.errors import PcrExportError
-from pcr_export.manifest import check_exported_folder
+from pcr_export.manifest import check_exported_folder, check_finished
 from pcr_export.models.catalog import read_json, read_model_index
 from pcr_export.models.pipelines import Pipeline
 
@@ -58,6 +58,7 @@ def load_pipeline(
     if backend not in BACKENDS:
         raise PcrExportError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
     folder = Path(folder)
+    check_finished(folder)
     engine = None if backend == "onnxruntime" else _engine_target(folder, backend, target)
     if backend == "onnxruntime" and target is not None:
         raise PcrExportError(f"target {target!r} is an engine's: give backend='tensorrt-rtx' or 'tensorrt' with it")

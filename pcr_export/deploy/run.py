@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from pcr_export.deploy.pipeline import load_exported_pipeline
-from pcr_export.manifest import check_exported_folder
+from pcr_export.manifest import check_exported_folder, check_finished
 from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size
 from pcr_export.models.denoiser import sample
 from pcr_export.models.fetch import quiet
@@ -47,6 +47,7 @@ def generate(
     Raises:
         PcrExportError: as `load_exported_pipeline` does, or the settings can't be sampled.
     """
+    check_finished(folder)
     model = load_exported_model(folder, engine=engine, scheduler=scheduler)
     for text, what in ((prompt, "prompts"), (negative_prompt, "negative prompts")):
         warn_of_cut_prompts(tokenizers_of(model.pipeline), [text], what)

@@ -11,7 +11,6 @@ a scale for every 32 values. What is measured is what it runs.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from pcr_export.qdiffbench.fidelity import sqnr_db
 from pcr_export.report import finite
 from pcr_export.request import PART_FORMS
 from pcr_export.stages import Facts
+from pcr_export.write_files import new_folder
 
 # Asked of a part's outputs against its float32 form, in dB. tiny-sdxl's INT8 encoders have 31.6 dB, and its images with all parts in INT8
 # a PSNR of 57 dB to those with float32 parts (benchmarks/smaller_parts.py); those of its quantized UNet have 48 dB.
@@ -83,20 +83,18 @@ def _shrink_part(path: Path, form: str, feed: Mapping[str, np.ndarray], safe_db:
     expected, float_bytes = _outputs(path, feed), _size(path)
     tried: dict[str, float] = {}
     found = PART_FORMS[0]
-    folder = path.with_name(".smaller")
     for candidate in reversed(PART_FORMS[1 : PART_FORMS.index(form) + 1]):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         model = ir.load(path)
         store_smaller(model, candidate)
-        save_model(model, folder / path.name)
-        tried[candidate] = _worst_db(expected, _outputs(folder / path.name, feed))
-        if tried[candidate] >= safe_db:
-            found = candidate
-            path.unlink()  # so that no reader meets the one file of before and the other of now
-            for file in reversed(onnx_files(folder / path.name)):
-                file.replace(path.with_name(file.name))
-            break
-    shutil.rmtree(folder, ignore_errors=True)
+        with new_folder(path) as folder:
+            save_model(model, folder / path.name)
+            tried[candidate] = _worst_db(expected, _outputs(folder / path.name, feed))
+            if tried[candidate] >= safe_db:
+                found = candidate
+                path.unlink()  # so that no reader meets the one file of before and the other of now
+                for file in reversed(onnx_files(folder / path.name)):
+                    file.replace(path.with_name(file.name))
+                break
     return {
         "form": found,
         "sqnr_db": {name: finite(value) for name, value in tried.items()},

@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 
 from pcr_export.engines.onnx_files import Ports, onnx_ports
 from pcr_export.errors import PcrExportError
-from pcr_export.stages import write_text
+from pcr_export.write_files import write_text
 
 Port = tuple[str, tuple[int, ...]]  # Triton's data type, and every axis with -1 for one of free size
 ONNXRUNTIME, TENSORRT, PYTHON = "onnxruntime", "tensorrt", "python"

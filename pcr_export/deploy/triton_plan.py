@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import onnx_ir as ir
@@ -10,6 +9,7 @@ import onnx_ir as ir
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.flavours import compute_capability
 from pcr_export.errors import PcrExportError
+from pcr_export.write_files import write_bytes
 
 
 def plan_onnx(folder: Path) -> Path:
@@ -39,9 +39,9 @@ def write_plan_onnx(folder: Path) -> None:
         reader.replace_input_with(index, node.outputs[0])
     timestep.name, timestep.shape = name, ir.Shape([1])
     model.graph.insert_before(model.graph[0], node)
-    temporary = path.with_name(path.name + ".tmp.onnx")
-    ir.save(model, temporary)  # without the weights: they stay external, in the file of the graph beside it
-    os.replace(temporary, path)
+    write_bytes(
+        path, ir.to_proto(model).SerializeToString(deterministic=True)
+    )  # the weights stay external, in the file of the graph beside it
 
 
 def find_plans(version: Path) -> dict[str, str]:

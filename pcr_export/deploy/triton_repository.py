@@ -20,7 +20,7 @@ from pcr_export.deploy.triton_config import (
 from pcr_export.deploy.triton_plan import find_plans, plan_onnx, write_plan_onnx
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.errors import PcrExportError
-from pcr_export.stages import write_bytes
+from pcr_export.write_files import temporary_beside, write_bytes
 
 REPOSITORY = "triton"
 NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder")
@@ -62,6 +62,20 @@ def write_triton_repository(folder: Path) -> None:
     check_triton_repository(folder)
 
 
+def repository_paths(folder: Path) -> list[Path]:
+    """What `write_triton_repository` writes: files, and for each network that onnxruntime runs a folder (a link to its own)."""
+    networks = _networks(folder)
+    homes = {name: folder / REPOSITORY / name for name in (*networks, PIPELINE)}
+    links = [homes[name] / "1" / "model.onnx" for name in networks if name != "unet" or not _plans(folder)]
+    plans = [plan_onnx(folder)] if tensorrt_onnx(folder).is_file() else []
+    return [*(home / "config.pbtxt" for home in homes.values()), homes[PIPELINE] / "1" / "model.py", *links, *plans]
+
+
+def repository_key(folder: Path) -> dict[str, str]:
+    """What the repository depends on beside the networks: plans that lie in it, and whether there is a graph for plans."""
+    return {"triton plans": ", ".join(_plans(folder)), "graph for plans": str(tensorrt_onnx(folder).is_file())}
+
+
 def check_triton_repository(folder: Path) -> None:
     """Compare `folder`/triton with the networks of `folder`.
 
@@ -79,9 +93,7 @@ def check_triton_repository(folder: Path) -> None:
 
 def expected_configs(folder: Path) -> Iterator[ModelConfig]:
     """What each config.pbtxt has to say of the models in `folder`. Raises PcrExportError as `triton_ports` does."""
-    for name in NETWORKS:
-        if name == "text_encoder_2" and not (folder / name).exists():
-            continue  # only SDXL has two
+    for name in _networks(folder):
         yield _network_config(folder, name)
     yield ModelConfig(
         name=PIPELINE,
@@ -102,8 +114,16 @@ def expected_configs(folder: Path) -> Iterator[ModelConfig]:
     )
 
 
+def _networks(folder: Path) -> list[str]:
+    return [name for name in NETWORKS if name != "text_encoder_2" or (folder / name).exists()]  # only SDXL has two
+
+
+def _plans(folder: Path) -> dict[str, str]:
+    return find_plans(folder / REPOSITORY / "unet" / "1")
+
+
 def _network_config(folder: Path, name: str) -> ModelConfig:
-    plans = find_plans(folder / REPOSITORY / name / "1") if name == "unet" else {}
+    plans = _plans(folder) if name == "unet" else {}
     inputs, outputs = triton_ports(plan_onnx(folder) if plans else folder / name / "model.onnx")
     return ModelConfig(
         name=name,
@@ -135,8 +155,7 @@ def _faults(folder: Path, config: ModelConfig) -> list[str]:
 def _link(path: Path, target: Path) -> None:
     """Make `path` a relative link to `target`, through a temporary name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = temporary_beside(path)
     temporary.symlink_to(os.path.relpath(target, path.parent), target_is_directory=True)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)  # what a copy with links followed made of the link

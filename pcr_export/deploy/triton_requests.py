@@ -17,6 +17,7 @@ from pcr_export.deploy.run import load_exported_model, with_guidance
 from pcr_export.deploy.triton_networks import CallModel, served_network
 from pcr_export.engines.onnxruntime import RUN_ERRORS
 from pcr_export.errors import PcrExportError, first_line
+from pcr_export.manifest import check_finished
 from pcr_export.models.load import LoadedModel, quiet
 from pcr_export.models.long_prompts import tokenizers_of, warn_of_cut_prompts
 from pcr_export.qdiffbench.images import to_uint8
@@ -53,6 +54,7 @@ def load_served_model(folder: Path, parameters: Mapping[str, str], call: CallMod
     Raises:
         PcrExportError: as `load_exported_model` does, or a parameter is none of those that can be.
     """
+    check_finished(folder)
     networks = parameters.get("networks") or OWN
     if networks not in (OWN, TRITON):
         raise PcrExportError(f"the parameter networks is {networks!r}: give {OWN} or {TRITON}")

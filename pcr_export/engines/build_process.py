@@ -39,6 +39,7 @@ from pcr_export.engines.layer_dump import (
     prove_int8,
 )
 from pcr_export.errors import PcrExportError
+from pcr_export.write_files import open_new, write_bytes
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -197,7 +198,7 @@ def write_engine(opened: Opened, config: Any, job: Mapping[str, Any]) -> tuple[i
         PcrExportError: the builder refuses, or the file can't be written.
     """
     trt, builder, network = opened.flavour.module, opened.builder, opened.network
-    with Path(job["engine"]).open("wb") as file:
+    with open_new(Path(job["engine"])) as file:
         sink = Sink(file.write)
         if job["stream"] and hasattr(builder, "build_serialized_network_to_stream"):
             done = builder.build_serialized_network_to_stream(network, config, writer(trt, sink))
@@ -232,10 +233,7 @@ def save_timing_cache(config: Any, path: Path) -> None:
     cache = config.get_timing_cache()
     if cache is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(memoryview(cache.serialize()))
-    os.replace(temporary, path)
+    write_bytes(path, memoryview(cache.serialize()))
 
 
 def _inspect(trt: Any, listener: Any, job: Mapping[str, Any]) -> list[Kernel]:

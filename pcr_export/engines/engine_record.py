@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from pcr_export.engines.build_request import FLAGS, BuildRequest
 from pcr_export.engines.flavours import Flavour, load_flavour
 from pcr_export.engines.onnx_files import ShapeRange, add_file, input_shapes, onnx_sha256
 from pcr_export.errors import PcrExportError
+from pcr_export.write_files import write_json
 
 FORMAT_VERSION = 1
 INT8_SITE = "int8"
@@ -76,10 +76,7 @@ class EngineRecord:
 
 def write_engine_record(path: Path, record: EngineRecord) -> None:
     """Write `record` as indented JSON, through a temporary name."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(record)}, indent=2) + "\n"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    write_json(path, {"format_version": FORMAT_VERSION, **asdict(record)})
 
 
 def read_engine_record(path: Path) -> EngineRecord:

@@ -31,6 +31,7 @@ from pcr_export.engines.flavours import (
 from pcr_export.engines.onnx_files import input_shapes, onnx_sha256
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Advance, Track, silent
+from pcr_export.write_files import temporary_beside
 
 __all__ = [
     "FLAVOURS",
@@ -68,7 +69,7 @@ def build_engine(request: BuildRequest, track: Track = silent, *, stream: bool =
     (target,) = check_targets(request.flavour, (request.target,))
     shapes = input_shapes(request.onnx_path, request.axes)
     request.engine_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = request.engine_path.with_name(request.engine_path.name + ".tmp")
+    temporary = temporary_beside(request.engine_path)
     job = {
         "flavour": request.flavour,
         "target": target,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ from pcr_export.engines.flavours import Flavour, gpu_target, load_flavour
 from pcr_export.engines.input_ranges import check_input_ranges, is_within
 from pcr_export.engines.latency import Latency, measure_latency
 from pcr_export.errors import PcrExportError
+from pcr_export.write_files import write_bytes
 
 NO_GPU = "no CUDA GPU here: run the onnxruntime engine, or copy the folder to a GPU host"
 DTYPES = {  # by the name of TensorRT's DataType
@@ -191,10 +191,8 @@ class _Jit:
 
     def save(self) -> None:
         """Write the compiled kernels; a folder that can't be written costs the next start its time, nothing else."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
         with contextlib.suppress(OSError):
-            temporary.write_bytes(memoryview(self.cache.serialize()))
-            os.replace(temporary, self.path)
+            write_bytes(self.path, memoryview(self.cache.serialize()))
 
 
 class _Call:

@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser
+from pcr_export.write_files import new_folder
 
 OPSET = 23
 MODULE_KEY = "pcr.module"  # node metadata: the module path, relative to denoiser.network, that the node comes from
@@ -104,21 +104,17 @@ def trace_float_onnx(denoiser: Denoiser, example: dict[str, Tensor]) -> ir.Model
 def save_model(model: ir.Model, path: Path) -> None:
     """Write `path` and its external data `<path>_data` through a temporary folder; tensors are streamed one at a time."""
     data_name = path.name + "_data"
-    folder = path.with_name(f".{path.name}.saving")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir(parents=True)
     try:
-        ir.save(model, folder / path.name, external_data=data_name)
-        path.unlink(missing_ok=True)  # so that no reader meets the one file of before and the other of now
-        for name in (data_name, path.name):
-            if (folder / name).exists():
-                os.replace(folder / name, path.parent / name)
+        with new_folder(path) as folder:
+            ir.save(model, folder / path.name, external_data=data_name)
+            path.unlink(missing_ok=True)  # so that no reader meets the one file of before and the other of now
+            for name in (data_name, path.name):
+                if (folder / name).exists():
+                    os.replace(folder / name, path.parent / name)
     except OSError as error:
         if error.errno is None:  # of numpy's tofile, which does not say why it could not write all
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Call(nn.Module):

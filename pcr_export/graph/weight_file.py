@@ -10,6 +10,8 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from pcr_export.write_files import new_file, open_new, temporary_beside
+
 INLINE_BYTES = 1024  # smaller tensors stay inside the model file, where shape inference sees them
 ALIGNMENT = 4096  # of tensors in the data file, so that an engine can map them
 BLOCK_COLUMNS = 128  # a matrix is transposed by strips that stay in cache: int8 six times as fast
@@ -50,12 +52,12 @@ class WeightFile:
     def __init__(self, model_path: Path) -> None:
         self.model_path = model_path
         self.data_path = onnx_files(model_path)[1]
-        self._temporary = self.data_path.with_name(self.data_path.name + ".tmp")
+        self._temporary = temporary_beside(self.data_path)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> WeightFile:
         self.model_path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary.open("wb")
+        self._file = open_new(self._temporary)
         return self
 
     def __exit__(
@@ -89,9 +91,10 @@ class WeightFile:
         """Write the model file beside the data and put both under their final names."""
         assert self._file is not None, "WeightFile is used inside `with`"
         self._file.close()
+        with new_file(self.model_path) as file:
+            file.write(ir.to_proto(model).SerializeToString(deterministic=True))
+            self.model_path.unlink(
+                missing_ok=True
+            )  # so that no reader meets the one file of before and the other of now
+            os.replace(self._temporary, self.data_path)
         self._file = None
-        temporary = self.model_path.with_name(self.model_path.name + ".tmp")
-        temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-        self.model_path.unlink(missing_ok=True)  # so that no reader meets the one file of before and the other of now
-        os.replace(self._temporary, self.data_path)
-        os.replace(temporary, self.model_path)

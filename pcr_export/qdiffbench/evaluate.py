@@ -17,6 +17,7 @@ from pcr_export import __version__
 from pcr_export.deploy.pipeline import read_tokenizers
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import hold_folder
+from pcr_export.manifest import check_finished
 from pcr_export.models.catalog import resolve
 from pcr_export.models.long_prompts import warn_of_cut_prompts
 from pcr_export.models.lora_file import LoraFile
@@ -37,7 +38,8 @@ from pcr_export.qdiffbench.painters import (
 from pcr_export.qdiffbench.scores import measure_scores, write_scores
 from pcr_export.qdiffbench.workers import Workers, worker_processes
 from pcr_export.recipe import Recipe, read_recipe
-from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash, write_json
+from pcr_export.stages import Facts, Key, Stages, hash_file, key_hash
+from pcr_export.write_files import write_json
 
 FORMAT = 1
 ARTIFACT_PARTS = (
@@ -106,6 +108,7 @@ class Evaluation:
 
     def domains(self) -> list[Domain]:
         """The prompt sets. Raises PcrExportError where one can't be read, is too small, or shares its name with another."""
+        check_finished(self.folder)
         own = own_prompt_sets(self.recipe.model)
         if not (self.folder / "model_index.json").is_file():
             raise PcrExportError(

@@ -13,6 +13,7 @@ from pcr_export import __version__
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import hold_folder
+from pcr_export.manifest import check_finished
 from pcr_export.models.catalog import read_json
 from pcr_export.models.content_hash import hash_content, seed_text
 from pcr_export.models.denoiser import Denoiser
@@ -26,7 +27,8 @@ from pcr_export.qdiffbench.images import forget_images_of_another_key, generate_
 from pcr_export.qdiffbench.painters import engine_call, paint_with
 from pcr_export.qdiffbench.scores import measure_scores, write_scores
 from pcr_export.recipe import Recipe, read_recipe
-from pcr_export.stages import Facts, Key, hash_file, key_hash, write_json
+from pcr_export.stages import Facts, Key, hash_file, key_hash
+from pcr_export.write_files import write_json
 
 PLACE = Path("evaluation") / "conditions"
 
@@ -59,6 +61,7 @@ def evaluate_denoiser(evaluation: DenoiserEvaluation) -> dict[str, Any]:
     Raises:
         PcrExportError: the folder is no export or one of another network, or the denoiser makes no images.
     """
+    check_finished(evaluation.folder)
     recipe, weights = read_recipe(evaluation.folder), hash_weights(evaluation.denoiser.network)
     _check(evaluation, weights)
     with hold_folder(evaluation.folder):

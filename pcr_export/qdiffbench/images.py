@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Track, silent
-from pcr_export.stages import write_text
+from pcr_export.write_files import new_file, write_text
 
 PIXELS_PER_CALL = 2**17  # prompts of one call, times height and width
 
@@ -86,10 +85,8 @@ def write_chunk(pixels: np.ndarray, folder: Path, indices: range) -> None:
 
 def write_png(image: np.ndarray, path: Path) -> None:
     """Write uint8 [height, width, 3] as PNG, through a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with new_file(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
 
 
 def read_images(folder: Path, start: int, stop: int) -> Tensor:

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pcr_export.qdiffbench.image_pairs import PairGroup
-from pcr_export.stages import write_text
+from pcr_export.write_files import write_text
 
 TEMPLATE = "report.html.jinja"
 

@@ -24,7 +24,8 @@ from pcr_export.qdiffbench.sensitivity import (
     sensitivity_from,
 )
 from pcr_export.relaxed_steps import format_steps
-from pcr_export.stages import Facts, Key, Stages, write_json
+from pcr_export.stages import Facts, Key, Stages
+from pcr_export.write_files import write_json
 
 ARTIFACTS = {"never": "none", "always": "first:100%"}  # folder -> its recipe's `relax`
 

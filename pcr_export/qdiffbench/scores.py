@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +17,7 @@ from pcr_export.progress import Track, silent
 from pcr_export.qdiffbench.features import Extractors
 from pcr_export.qdiffbench.images import read_images
 from pcr_export.qdiffbench.workers import ONE_PROCESS, Part, Workers, compute_parts, torch_threads, worker_processes
-from pcr_export.stages import write_json
+from pcr_export.write_files import new_folder, write_json
 
 IMAGES_FOR_A_STABLE_DISTANCE = 2048
 REAL_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -89,7 +87,7 @@ def measure_scores(
         raise PcrExportError(f"torchmetrics can't be imported ({error}): pip install pcr-export[fid]") from error
     real_paths = _find_real_images(real) if real and extractors else []
     progress = track("scores", len(prompts) + len(real_paths))
-    with _scratch(images / ".features") as folder, worker_processes(workers), progress as advance:
+    with new_folder(images / ".features") as folder, worker_processes(workers), progress as advance:
         stores = {}
         if extractors:
             for name, count in (("artifact", len(prompts)), ("fp32", len(prompts)), ("real", len(real_paths))):
@@ -122,15 +120,6 @@ def write_scores(scores: Scores, per_image: Path) -> dict[str, Any]:
     facts = asdict(scores)
     write_json(per_image, facts.pop("per_image"))
     return facts
-
-
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder that is there only inside."""
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_pairs(images: Path, reference: Path, prompts: Sequence[str], batch: int | None) -> Iterator[Part]:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pcr_export.errors import PcrExportError
 from pcr_export.qdiffbench.report_figures import BLUE, GREEN, GREY, INK, ORANGE, STYLE, to_svg
-from pcr_export.stages import write_text
+from pcr_export.write_files import new_file, write_text
 
 DOMAINS = {"in": "in domain", "out": "out of domain"}
 ON_WHITE: Any = {**STYLE, "figure.facecolor": "white"}
@@ -36,8 +36,8 @@ def plot_fid_against_bits(study: Mapping[str, Any], path: Path) -> Path:
         panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)[0]
         _draw_panels(figure, panels, study["rows"], domains)
         if path.suffix == ".png":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150, metadata={"Software": None})
+            with new_file(path) as png:
+                figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
         else:
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -14,8 +14,9 @@ import pytest
 from pcr_export.deploy.inspect_folder import inspect_folder, scale_groups
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import write_manifest
-from pcr_export.stages import hash_file, write_json
+from pcr_export.stages import hash_file
 from pcr_export.step_scales import StepScales, read_step_scales
+from pcr_export.write_files import write_json
 
 
 @pytest.fixture

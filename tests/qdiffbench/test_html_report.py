@@ -19,8 +19,8 @@ from pcr_export.qdiffbench.study_report import write_study_report
 from pcr_export.recipe import Recipe
 from pcr_export.report import make_report
 from pcr_export.sites import Layer
-from pcr_export.stages import write_json
 from pcr_export.step_scales import StepScales, write_step_scales
+from pcr_export.write_files import write_json
 
 STEPS, IMAGES, SIZE = 10, 12, 16
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'{{ 7 * 7 }} " + "a_very_long_word" * 20

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs, noisy_input
 from pcr_export.sites import Layer
-from pcr_export.stages import write_bytes
+from pcr_export.write_files import write_bytes
 
 BLOCK_CLASSES = ("ResnetBlock2D", "BasicTransformerBlock")  # of diffusers; a layer outside of them is a block alone
 PLAIN = (type(None), bool, int, float, str)

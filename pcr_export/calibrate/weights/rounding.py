@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.errors import PcrExportError
-from pcr_export.stages import write_bytes
+from pcr_export.write_files import write_bytes
 
 # (layer, its float weight [out_channels, ...]) -> (int8 of the weight's shape, scale float32 [out_channels])
 RoundWeight = Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]]
