@@ -159,7 +159,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _why_there_is_none(folder: Path) -> str:
     if not any((folder / name).exists() for name in OF_AN_EXPORT):
-        return f"{folder} is no exported folder: make one with `pcr-export MODEL`"
+        model = folder if (folder / "model_index.json").is_file() else "MODEL"
+        return f"{folder} is no exported folder: make one with `pcr-export {model}`"
     command = last_command(folder)
     again = f"run `{command}` again, or wait for its end" if command else "run the export again"
     return f"{folder}: this export is not finished (it has no {NAME}): {again}"

@@ -16,6 +16,7 @@ from shared_folder import make_once
 from pcr_export.deploy.folder import write_configs, write_pipeline_folder
 from pcr_export.deploy.onnx_parts import export_text_encoder
 from pcr_export.graph.to_onnx import export_float_onnx
+from pcr_export.manifest import write_manifest
 from pcr_export.models.catalog import resolve
 from pcr_export.models.load import LoadedModel, load_model
 
@@ -61,18 +62,21 @@ def write_sdxl(folder: Path) -> None:
     model = load_model(resolve(str(tiny_sdxl(folder / "source"))))
     write_pipeline_folder(model.pipeline, folder / "exported")
     write_float_unet(model, folder / "exported")
+    write_manifest(folder / "exported")
 
 
 def write_sd(sdxl: ExportedFolder, folder: Path) -> None:
     model = load_model(resolve(str(tiny_sd(folder / "source"))))
     write_other_parts(model, sdxl, folder / "exported")
     write_float_unet(model, folder / "exported")
+    write_manifest(folder / "exported")
 
 
 def write_lcm(sdxl: ExportedFolder, folder: Path) -> None:
     model = load_model(resolve(str(tiny_sd(folder / "source", scheduler="LCMScheduler", time_cond_proj_dim=24))))
     write_other_parts(model, sdxl, folder / "exported")
     onnx.save(onnx.parser.parse_model(TOY_UNET), folder / "exported" / "unet" / "model.onnx")
+    write_manifest(folder / "exported")
 
 
 def read_folder(folder: Path) -> ExportedFolder:

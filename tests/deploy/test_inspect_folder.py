@@ -91,16 +91,11 @@ def test_the_command_prints_it_within_80_columns_and_without_torch(exported: Pat
     assert json.loads(ran[1].stdout) == inspect_folder(exported)
 
 
-def test_an_export_without_a_manifest_is_told(copy: Path) -> None:
-    (copy / "manifest.json").unlink()
-    assert inspect_folder(copy)["files"] is None
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("report.json", "no export ended there: make one"),
-        ("step_scales.safetensors", "no readable table of step scales"),
+        ("report.json", "report.json is missing: copy the folder again"),
+        ("step_scales.safetensors", "step_scales.safetensors is missing: copy the folder again"),
         ("unet/sm89.json", "build the engine first"),
     ],
 )

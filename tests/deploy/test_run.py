@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pcr_export.engines.flavours import gpu_target
 from pcr_export.engines.onnx_files import input_axes
 from pcr_export.engines.tensorrt import build_engine
 from pcr_export.errors import PcrExportError, PromptWarning
+from pcr_export.manifest import write_manifest
 from pcr_export.models.catalog import CatalogEntry
 from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.pipelines import denoiser_from_pipeline
@@ -98,6 +100,7 @@ def test_settings_come_from_the_recipe(copy: Path) -> None:
     assert load_exported_model(copy).entry.num_inference_steps == 50
     recipe = Recipe(model="x", num_inference_steps=3, guidance_scale=2.0, height=24, width=32)
     (copy / "recipe.json").write_text(recipe.to_json(), "utf-8")
+    write_manifest(copy)
     entry = load_exported_model(copy).entry
     assert (entry.num_inference_steps, entry.guidance_scale, entry.height, entry.width) == (3, 2.0, 24, 32)
     assert generate(copy, "a star").shape == (24, 32, 3)
@@ -123,10 +126,11 @@ def test_zero_steps_are_refused(sdxl: ExportedFolder) -> None:
 
 
 def test_pipeline_that_was_not_exported(sdxl: ExportedFolder) -> None:
-    with pytest.raises(
-        PcrExportError, match=r"no unet/model\.onnx, so it is no exported folder: make one with `pcr-export"
-    ):
-        generate(Path(sdxl.model.entry.source), "a star")
+    source = sdxl.model.entry.source
+    with pytest.raises(PcrExportError, match=f"is no exported folder: make one with `pcr-export {re.escape(source)}`"):
+        generate(Path(source), "a star")
+    with pytest.raises(PcrExportError, match=r"no unet/model\.onnx, so it is no exported folder: make one with"):
+        load_exported_pipeline(Path(source))
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -135,8 +139,10 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def test_folder_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(PcrExportError, match=r"has no model_index\.json"):
+    with pytest.raises(PcrExportError, match="is no exported folder: make one with `pcr-export MODEL`"):
         generate(tmp_path, "a star")
+    with pytest.raises(PcrExportError, match=r"has no model_index\.json"):
+        load_exported_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +157,7 @@ def test_folder_of_something_else(tmp_path: Path) -> None:
 def test_missing_part_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     (copy / "tokenizer_2" / "vocab.json").unlink()
+    write_manifest(copy)
     with pytest.raises(PcrExportError, match=f"{name} .*: .*export") as caught:
         generate(copy, "a star")
     assert "\n" not in str(caught.value)
@@ -159,6 +166,7 @@ def test_missing_part_is_named(copy: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["unet/model.onnx", "text_encoder/model.onnx_data", "vae_decoder/model.onnx"])
 def test_damaged_graph_is_named(copy: Path, name: str) -> None:
     (copy / name).write_bytes((copy / name).read_bytes()[:100])
+    write_manifest(copy)  # as of an export that wrote it so
     with pytest.raises(
         PcrExportError, match=rf"cannot load .*{name.removesuffix('_data')} .*export the model again"
     ) as caught:
@@ -168,6 +176,7 @@ def test_damaged_graph_is_named(copy: Path, name: str) -> None:
 
 def test_damaged_recipe(copy: Path) -> None:
     (copy / "recipe.json").write_text("{}", "utf-8")
+    write_manifest(copy)
     with pytest.raises(PcrExportError, match="export again"):
         generate(copy, "a star")
 
@@ -175,6 +184,7 @@ def test_damaged_recipe(copy: Path) -> None:
 def test_scheduler_must_be_one_of_diffusers(copy: Path) -> None:
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": "DiffusionPipeline"}), "utf-8")
+    write_manifest(copy)
     with pytest.raises(PcrExportError, match="DiffusionPipeline, which is no scheduler of diffusers"):
         generate(copy, "a star")
 
@@ -260,6 +270,7 @@ def test_generate_with_another_scheduler_and_rescaled_guidance(sdxl: ExportedFol
 
 def test_a_scheduler_is_refused_before_networks_are_read(copy: Path) -> None:
     (copy / "unet" / "model.onnx").write_bytes(b"")
+    write_manifest(copy)
     with pytest.raises(PcrExportError, match="EulerDiscreteScheduler has no karras: choose of"):
         generate(copy, "a star", scheduler="EulerDiscreteScheduler:karras=true")
 

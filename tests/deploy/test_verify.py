@@ -168,7 +168,7 @@ def test_without_the_image(copy: Path) -> None:
 
 
 def test_folders_that_are_no_exports(tmp_path: Path) -> None:
-    for folder, expected in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "so no export ended there")):
+    for folder, expected in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "is no exported folder")):
         with pytest.raises(PcrExportError, match=expected):
             next(verify_folder(folder))
 
