@@ -40,6 +40,7 @@ class _State:
     asked: int | None = None
     since = 0.0
     told = False  # the line was printed
+    stderr = 2  # where it goes
 
 
 def answer_signals() -> None:
@@ -85,6 +86,20 @@ def keep_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Inside, what libraries write to stderr is lost, down to the file descriptor; the line of a signal is not."""
+    _State.stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        saved, _State.stderr = _State.stderr, 2
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def exit_code(error: BaseException) -> int | None:
     """What the program ends with because it was asked to; None where `error` has another cause."""
     if isinstance(error, KeyboardInterrupt) or _State.asked is not None:  # some libraries make another error of it
@@ -97,7 +112,7 @@ def print_stopped(line: str = STOPPED) -> None:
     if not _State.told:
         _State.told = True
         with contextlib.suppress(OSError, ValueError):
-            os.write(2, f"{line}\n".encode())
+            os.write(_State.stderr, f"{line}\n".encode())
 
 
 def _state(is_working: bool) -> Iterator[None]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from pcr_export.errors import PcrExportError
-from pcr_export.stop_signals import keep_handlers
+from pcr_export.stop_signals import keep_handlers, quiet_stderr
 
 RETRIES_PER_PART = 3  # workers that may die over one part
 SHOWN_LETTERS = 200  # of Ray's reason for a worker's death
@@ -131,7 +131,8 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
         yield
     finally:
         if ours:
-            ray.shutdown()
+            with quiet_stderr():  # Ray tells of tasks that end with it
+                ray.shutdown()
 
 
 def _check_address(address: str) -> None:
