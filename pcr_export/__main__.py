@@ -1,5 +1,5 @@
 """`python -m pcr_export` is `pcr-export`."""
 
-from pcr_export.cli import main
+from pcr_export.start import main
 
 main()

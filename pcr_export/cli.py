@@ -7,58 +7,38 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from typer.core import TyperCommand, TyperGroup
 
 from pcr_export import __version__, cli_folder
+from pcr_export.cli_command import Command, DefaultExport, ResumingCommand
 from pcr_export.engine_settings import BACKENDS, EngineSettings
-from pcr_export.errors import PcrExportError, PcrExportWarning
+from pcr_export.errors import explain
 from pcr_export.output_file import check_output_file
-from pcr_export.progress import Advance
 from pcr_export.recipe import RANGES, REDUCTIONS, SCHEMES, WEIGHTS, Recipe
 from pcr_export.request import PART_FORMS, ExportRequest
-
-INTERRUPTED = 130
-
-console = Console()
-errors = Console(stderr=True, soft_wrap=True)
-
-
-class DefaultExport(TyperGroup):
-    """`pcr-export MODEL ...` means `pcr-export export MODEL ...`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Insert the default command where no command is named."""
-        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
-            args = ["export", *args]
-        return super().parse_args(ctx, args)
-
-
-class Command(TyperCommand):
-    """Remembers whether the command that runs was told to show tracebacks."""
-
-    verbose = False
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        Command.verbose = bool(ctx.params.get("verbose"))
-        return super().invoke(ctx)
-
+from pcr_export.stop_signals import importing
+from pcr_export.terminal import (
+    escape_what_is_not_encoded,
+    flush_or_forget,
+    print_rows,
+    say,
+    say_error,
+    say_traceback,
+    show_warning,
+    status,
+    track,
+)
 
 app = typer.Typer(cls=DefaultExport, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.print(f"pcr-export {__version__}")
+        say(f"pcr-export {__version__}")
         raise typer.Exit
 
 
@@ -107,7 +87,7 @@ StripEncoders = Annotated[
 ]
 
 
-@app.command(cls=Command)
+@app.command(cls=ResumingCommand)
 def export(
     model: Annotated[str, typer.Argument(help="catalog name (tiny-sdxl, sd15, sdxl, ...), hub id or diffusers folder")],
     out: Annotated[Path, typer.Option(help="parent of the output folder NAME-wXaY")] = Path("engines"),
@@ -161,44 +141,25 @@ def export(
     request = ExportRequest(**{name: value for name, value in arguments.items() if name not in ("dry_run", "verbose")})
     request.check()
     if dry_run:
-        _print_rows(request.plan_rows(), "plan")
+        print_rows(request.plan_rows(), "plan")
         return
     _export(request, verbose)
 
 
 def _export(request: ExportRequest, verbose: bool) -> None:
-    with console.status("importing torch and diffusers"):
+    with _importing():
         from pcr_export.export_pipeline import run_request
         from pcr_export.report import build_commands, summary_rows
-    try:
-        report = run_request(request, track=track, log=console.print if verbose else lambda _line: None)
-    except KeyboardInterrupt as stop:
-        raise PcrExportError("stopped; the same command goes on from here", exit_code=INTERRUPTED) from stop
-    _print_rows(summary_rows(report), str(request.folder()))
+    report = run_request(request, track=track, log=say if verbose else lambda _line: None)
+    print_rows(summary_rows(report), str(request.folder()))
     if commands := build_commands(report):
-        console.print("to build elsewhere:", *commands, sep="\n", soft_wrap=True, highlight=False, markup=False)
+        say("to build elsewhere:", *commands)
 
 
 @contextlib.contextmanager
-def track(description: str, total: int) -> Iterator[Advance]:
-    """Draw a progress bar with the time spent and the time left."""
-    columns = (
-        TextColumn("{task.description:28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
-    table = Table(title=title, show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def _importing() -> Iterator[None]:
+    with importing(), status("importing torch and diffusers"):
+        yield
 
 
 @app.command(cls=Command)
@@ -217,10 +178,10 @@ def generate(
 ) -> None:
     """Draw PROMPT with an exported folder alone."""
     check_output_file(output, "--output", ".png")
-    from pcr_export.deploy.run import generate as generate_image
-    from pcr_export.qdiffbench.images import write_png
-
-    with console.status(f"drawing with {folder}"):
+    with _importing():
+        from pcr_export.deploy.run import generate as generate_image
+        from pcr_export.qdiffbench.images import write_png
+    with status(f"drawing with {folder}"):
         image = generate_image(
             folder,
             prompt,
@@ -233,7 +194,7 @@ def generate(
             engine=engine,
         )
     write_png(image, output)
-    console.print(f"{output}")
+    say(str(output))
 
 
 @app.command(cls=Command)
@@ -244,12 +205,12 @@ def compare(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks")] = False,
 ) -> None:
     """Run both dialects of the UNet and, on a GPU, its engines on the same inputs: how far apart they are, and how fast."""
-    from pcr_export.engines.compare import compare_folder, table_rows
+    with importing():
+        from pcr_export.engines.compare import compare_folder, table_rows
+    print_rows(table_rows(compare_folder(folder, target or (), runs=runs, track=track)), str(folder))
 
-    _print_rows(table_rows(compare_folder(folder, target or (), runs=runs, track=track)), str(folder))
 
-
-@app.command(cls=Command)
+@app.command(cls=ResumingCommand)
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="an exported folder, e.g. engines/tiny-sdxl-w8a8")],
     prompts: Annotated[list[Path] | None, typer.Option(help="prompt set, may be given again [default: own]")] = None,
@@ -267,7 +228,7 @@ def evaluate(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tell more, and show tracebacks")] = False,
 ) -> None:
     """Run QDiffBench on an exported folder: images of both models, their scores, evaluation.json and report.html."""
-    with console.status("importing torch and diffusers"):
+    with _importing():
         from pcr_export.models.lora_file import parse_loras
         from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
         from pcr_export.qdiffbench.features import find_extractors
@@ -282,20 +243,17 @@ def evaluate(
         seed=seed,
         workers=Workers(count=workers, threads=threads, address=address),
         resume=resume,
-        command=shlex.join(["pcr-export", *sys.argv[1:]]),
+        command=_command_line(),
         track=track,
-        log=console.print if verbose else lambda _line: None,
+        log=say if verbose else lambda _line: None,
     )
     evaluation.domains()  # what is wrong with them is told before networks are fetched
     extractors = find_extractors(evaluation.source, inception=inception, clip=clip)
-    try:
-        result = evaluate_folder(evaluation, extractors)
-    except KeyboardInterrupt as stop:
-        raise PcrExportError("stopped; the same command goes on from here", exit_code=INTERRUPTED) from stop
-    _print_rows(table_rows(result), str(folder))
+    result = evaluate_folder(evaluation, extractors)
+    print_rows(table_rows(result), str(folder))
 
 
-@app.command(cls=Command)
+@app.command(cls=ResumingCommand)
 def study(
     model: Annotated[str, typer.Argument(help="catalog name (tiny-sdxl, sd15, sdxl, ...), hub id or diffusers folder")],
     out: Annotated[Path, typer.Option(help="parent of the folder study-NAME")] = Path("engines"),
@@ -320,7 +278,7 @@ def study(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tell more, and show tracebacks")] = False,
 ) -> None:
     """Run QDiffBench's table: every scheme on the same prompts and noise, each scored as an exported artifact."""
-    with console.status("importing torch and diffusers"):
+    with _importing():
         from pcr_export.qdiffbench.workers import Workers
         from pcr_export.study_table import StudyRequest, run_study, table_rows
     request = StudyRequest(
@@ -340,43 +298,43 @@ def study(
         workers=Workers(count=workers, threads=threads, address=address),
         inception=inception,
         clip=clip,
-        command=shlex.join(["pcr-export", *sys.argv[1:]]),
+        command=_command_line(),
     )
-    try:
-        content = run_study(request, track=track, log=console.print if verbose else lambda _line: None)
-    except KeyboardInterrupt as stop:
-        raise PcrExportError("stopped; the same command goes on from here", exit_code=INTERRUPTED) from stop
-    _print_rows(table_rows(content), str(request.folder))
+    content = run_study(request, track=track, log=say if verbose else lambda _line: None)
+    print_rows(table_rows(content), str(request.folder))
 
 
 app.command(cls=Command)(cli_folder.inspect)
 app.command(cls=Command)(cli_folder.verify)
 
 
+def _command_line() -> str:
+    """What was typed, for the record; it can be encoded, whatever bytes a file's name has."""
+    return shlex.join(["pcr-export", *sys.argv[1:]]).encode("utf-8", "backslashreplace").decode()
+
+
 def main() -> None:
-    """Run the program. What a person can mend is one line on stderr and a non-zero exit; -v shows the traceback."""
+    """Run the program. Whatever goes wrong is one line on stderr and a non-zero exit; -v shows the traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    warnings.showwarning = partial(_show_warning, warnings.showwarning)
+    warnings.showwarning = show_warning
+    escape_what_is_not_encoded()
     try:
         app()
-    except PcrExportError as error:
-        sys.exit(_fail(str(error), error.exit_code))
-    except OSError as error:
-        sys.exit(_fail(f"{error}: mend that, the same command goes on from here", 1))
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        code = _fail(error)
+    unwritten = flush_or_forget()
+    if unwritten and not code:
+        code = _fail(unwritten)
+    sys.exit(code)
 
 
-def _show_warning(others: Any, message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """The package's own warnings as one line each; those of libraries as they are shown elsewhere."""
-    if issubclass(category, PcrExportWarning):
-        errors.print(f"warning: {message}", markup=False, highlight=False)
-    else:
-        others(message, category, *where)
-
-
-def _fail(message: str, exit_code: int) -> int:
+def _fail(error: BaseException) -> int:
     if Command.verbose:
-        errors.print_exception()
-    errors.print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
-    return exit_code
+        say_traceback(error)
+    line, code = explain(error)
+    say_error(f"error: {line}")
+    return code

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pcr_export.relaxed_steps import format_steps
 from pcr_export.report import part_rows, sampling_words
+from pcr_export.stop_signals import importing
+from pcr_export.terminal import can_show, console, print_rows, printable, say
 
-console = Console(highlight=False)
 Facts = Mapping[str, Any]
 BARS = "▁▂▃▄▅▆▇█"  # a scale far below its mean to one far above: readable without colours, too
+ASCII_BARS = "12345678"
 COLORS = ("blue", "bright_blue", "cyan", "white", "white", "yellow", "bright_red", "red")
 FEWEST_CELLS = 8
 NOT_INSTALLED = "not installed"  # as report.json has it
@@ -29,18 +29,18 @@ def inspect(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks")] = False,
 ) -> None:
     """Show what is in an exported folder: sites, bits, scales by step, why layers are float, versions, hashes, engines."""
-    from pcr_export.deploy.inspect_folder import inspect_folder
-
+    with importing():
+        from pcr_export.deploy.inspect_folder import inspect_folder
     facts = inspect_folder(folder)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    _print_table(summary_rows(facts), str(folder))
-    console.print(*scale_picture(facts, console.width), sep="\n", soft_wrap=True)
+    print_rows(summary_rows(facts), str(folder))
+    say(*scale_picture(facts, console.width, BARS if can_show(BARS) else ASCII_BARS))
     if floats := float_rows(facts):
-        _print_table(floats, "layers that stay float, and why")
-    _print_table(engine_rows(facts), "engines")
-    _print_table(file_rows(facts), "files")
+        print_rows(floats, "layers that stay float, and why")
+    print_rows(engine_rows(facts), "engines")
+    print_rows(file_rows(facts), "files")
 
 
 def verify(
@@ -49,10 +49,10 @@ def verify(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks")] = False,
 ) -> None:
     """Check an exported folder: hashes, signatures of its graphs, engines, and one image against the stored one."""
-    from pcr_export.deploy.verify import verify_folder
-
+    with importing():
+        from pcr_export.deploy.verify import verify_folder
     for what, found in verify_folder(folder, paint=image):
-        console.print(f"ok  {what:9}  {found}", soft_wrap=True, markup=False)
+        say(f"ok  {what:9}  {found}")
 
 
 def summary_rows(facts: Facts) -> list[tuple[str, str]]:
@@ -79,14 +79,15 @@ def summary_rows(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def scale_picture(facts: Facts, width: int) -> list[Text]:
+def scale_picture(facts: Facts, width: int, shades: str = BARS) -> list[Text]:
     """Scales by step as lines of at most `width` columns: a row for each part of the network, a bar for each step.
 
     Where the steps are more than the columns, a bar is the mean of neighbouring steps.
     """
     groups, relaxed = facts["scales"]["groups"], set(facts["activations"]["relaxed_steps"])
     steps = len(facts["scales"]["timesteps"])
-    label = min(max(len(group["name"]) for group in groups), max(width - 2 * FEWEST_CELLS, FEWEST_CELLS))
+    names = [printable(group["name"]) for group in groups]
+    label = min(max(map(len, names)), max(width - 2 * FEWEST_CELLS, FEWEST_CELLS))
     room = max(width - label - 7, FEWEST_CELLS)
     per_bar = -(-steps // room)
     bars = [range(start, min(start + per_bar, steps)) for start in range(0, steps, per_bar)]
@@ -98,14 +99,14 @@ def scale_picture(facts: Facts, width: int) -> list[Text]:
     if relaxed:
         marks = "".join(("+" if relaxed & set(bar) else " ") * cell for bar in bars)
         lines.append(Text(f"{'relaxed':{label}}       ") + Text(marks, "bright_yellow"))
-    for group, row in zip(groups, rows, strict=True):
-        line = Text(f"{group['name'][:label]:{label}} {group['sites']:>4}  ")
+    for name, group, row in zip(names, groups, rows, strict=True):
+        line = Text(f"{name[:label]:{label}} {group['sites']:>4}  ")
         for value in row:
-            level = round((min(max(value / limit, -1), 1) + 1) / 2 * (len(BARS) - 1))
-            line.append(BARS[level] * cell, COLORS[level])
+            level = round((min(max(value / limit, -1), 1) + 1) / 2 * (len(shades) - 1))
+            line.append(shades[level] * cell, COLORS[level])
         lines.append(line)
     lines.append(Text(f"{'step':{label}} sites " + _step_axis(bars, cell)))
-    low, high = f"{BARS[0]} {2**-limit:.2f} or less", f"{BARS[-1]} {2**limit:.2f} or more"
+    low, high = f"{shades[0]} {2**-limit:.2f} or less", f"{shades[-1]} {2**limit:.2f} or more"
     lines.append(Text(f"{low}, {high}, times the site's mean over the steps"))
     return lines
 
@@ -151,13 +152,6 @@ def _step_axis(bars: Sequence[range], cell: int) -> str:
     every = next(each for each in (1, 2, 5, 10, 20, 50, 100, 1000) if each * cell >= 5)
     marks = [f"{bars[index].start:<{every * cell}}" for index in range(0, len(bars), every)]
     return "".join(marks).rstrip()
-
-
-def _print_table(rows: Sequence[tuple[str, ...]], title: str) -> None:
-    table = Table(title=title, show_header=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
 
 
 def _names(names: Sequence[str]) -> str:

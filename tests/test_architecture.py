@@ -13,8 +13,8 @@ PACKAGE = ROOT / "pcr_export"
 
 # A heavy import and the places that may have it; a folder ends with a slash.
 HOMES = {
-    "typer": ("cli.py", "cli_folder.py"),
-    "rich": ("cli.py", "cli_folder.py"),
+    "typer": ("cli.py", "cli_command.py", "cli_folder.py"),
+    "rich": ("cli_folder.py", "terminal.py"),
     "torch": (
         "calibrate/",
         "models/",
@@ -45,8 +45,10 @@ HOMES = {
 
 # The rooms from top to bottom; a module imports from its own row and from rows below it only.
 ROWS = [
-    ("cli.py", "__main__.py"),
-    ("cli_folder.py",),
+    ("start.py", "__main__.py"),
+    ("cli.py",),
+    ("cli_command.py", "cli_folder.py"),
+    ("terminal.py",),
     ("study_table.py",),
     ("study.py",),
     ("export_pipeline.py",),
@@ -61,7 +63,7 @@ ROWS = [
     ("relaxed_steps.py", "scheduler_setting.py", "step_scales.py", "sites.py", "progress.py", "manifest.py"),
     ("stages.py", "folder_lock.py", "path_inside.py", "output_file.py", "usable_cpus.py"),
     ("write_files.py",),
-    ("errors.py", "__init__.py"),
+    ("errors.py", "stop_signals.py", "__init__.py"),
 ]
 
 

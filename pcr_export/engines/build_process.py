@@ -1,16 +1,14 @@
 """The process that builds one engine: it can be stopped at once, its crash is no crash of the job, its memory goes with it.
 
-`python -m pcr_export.engines.build_process` reads one job as JSON from its standard input and writes one JSON object a
+Run by child_process, it reads one job as JSON from its standard input and writes one JSON object a
 line to its standard output: {"percent": …} as it goes, and at the end {"result": …} or {"error": …}.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -41,14 +39,9 @@ from pcr_export.engines.layer_dump import (
 from pcr_export.errors import PcrExportError
 from pcr_export.write_files import open_new, write_bytes
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-
 
 def main() -> None:
     """Build the job on standard input; the library's own prints go to standard error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
-    if sys.platform == "linux":  # a parent that is killed itself must not leave a second writer of the engine behind
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,6 +1,6 @@
 """How much memory onnxruntime takes for a model and one call of it, measured in a process that does nothing else.
 
-`python -m pcr_export.engines.session_memory MODEL INPUTS.npz THREADS` prints the bytes.
+Run by child_process with MODEL INPUTS.npz THREADS, it prints the bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pcr_export.engines.child_process import child_command, child_environment
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 
@@ -26,8 +27,8 @@ def measure_memory(path: Path, inputs: Mapping[str, np.ndarray], threads: int) -
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "inputs.npz"
         np.savez(saved, allow_pickle=False, **dict(inputs))
-        command = [sys.executable, "-m", __name__, str(path), str(saved), str(threads)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = child_command(__name__, str(path), str(saved), str(threads))
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment())
     if done.returncode:
         last = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
         raise PcrExportError(

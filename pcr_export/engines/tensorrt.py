@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import IO, Any
 
 from pcr_export.engines.build_process import advice
 from pcr_export.engines.build_request import FLAGS, BuildRequest, trtexec_line
+from pcr_export.engines.child_process import child_command, child_environment
 from pcr_export.engines.engine_record import (
     INT8_SITE,
     EngineRecord,
@@ -141,13 +141,11 @@ def _refuse_float(request: BuildRequest, sites: Mapping[str, str]) -> None:
 
 def _run(job: Mapping[str, Any], advance: Advance) -> dict[str, Any]:
     """Run the job in a process of its own and follow it; what it says of the engine."""
-    command = [sys.executable, "-m", "pcr_export.engines.build_process"]
-    paths = [str(Path(__file__).parents[2]), *(path for path in sys.path if path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command, pipe = child_command("pcr_export.engines.build_process"), subprocess.PIPE
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, encoding="utf-8"
+            command, stdin=pipe, stdout=pipe, stderr=errors, env=child_environment(), encoding="utf-8"
         ) as process,
     ):
         try:
@@ -159,8 +157,10 @@ def _run(job: Mapping[str, Any], advance: Advance) -> dict[str, Any]:
 
 def _send(process: subprocess.Popen[str], job: Mapping[str, Any]) -> None:
     assert process.stdin is not None
-    process.stdin.write(json.dumps(job))
-    process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # a process that died at once is told of by its exit code
+        process.stdin.write(json.dumps(job))
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def _follow(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from pcr_export.errors import PcrExportError
+from pcr_export.stop_signals import keep_handlers, quiet_stderr
 
 RETRIES_PER_PART = 3  # workers that may die over one part
 SHOWN_LETTERS = 200  # of Ray's reason for a worker's death
@@ -106,16 +107,17 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
             _check_address(address)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "pcr-export"}
         try:
-            if address is None:
-                ray.init(
-                    "local",
-                    num_cpus=needed,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    **quiet,
-                )
-            else:
-                ray.init(address, **quiet)
+            with keep_handlers():  # with Ray's own, SIGTERM aborts the process
+                if address is None:
+                    ray.init(
+                        "local",
+                        num_cpus=needed,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        include_dashboard=False,
+                        **quiet,
+                    )
+                else:
+                    ray.init(address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise PcrExportError(f"Ray can't be started or joined ({reason}): {_START_RAY}") from error
@@ -129,7 +131,8 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
         yield
     finally:
         if ours:
-            ray.shutdown()
+            with quiet_stderr():  # Ray tells of tasks that end with it
+                ray.shutdown()
 
 
 def _check_address(address: str) -> None:
@@ -204,6 +207,7 @@ def _import_ray() -> Any:
     """Ray, with its usage statistics off. Raises PcrExportError where it is not installed."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # which would abort the process on SIGTERM
     try:
         import ray
     except ImportError as error:
