@@ -13,7 +13,7 @@ from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import NAME as MANIFEST
 from pcr_export.manifest import check_exported_folder, read_manifest
-from pcr_export.models.catalog import read_json
+from pcr_export.read_files import read_json
 from pcr_export.report import check_format
 from pcr_export.sites import block_of
 from pcr_export.stages import Facts

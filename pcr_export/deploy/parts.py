@@ -24,9 +24,9 @@ from pcr_export.engines.onnx_files import input_axes
 from pcr_export.engines.onnxruntime import RUN_ERRORS, OnnxRuntimeEngine
 from pcr_export.engines.tensorrt_runner import TensorRtEngine
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import read_json
 from pcr_export.models.denoiser import Inputs
 from pcr_export.models.picture_sizes import check_picture_size, latent_factor
+from pcr_export.read_files import read_json
 
 TITLES = {
     "unet": "UNet",

@@ -21,8 +21,9 @@ from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.engines.flavours import gpu_target
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import check_exported_folder
-from pcr_export.models.catalog import read_json, read_model_index
+from pcr_export.models.catalog import read_model_index
 from pcr_export.models.pipelines import Pipeline
+from pcr_export.read_files import read_json
 
 TASKS = {"text-to-image": "Pipeline", "image-to-image": "Img2ImgPipeline", "inpainting": "InpaintPipeline"}
 

@@ -14,7 +14,7 @@ from pcr_export.deploy.parts import TITLES, ExportedUnet, OnnxPart, OnnxTextEnco
 from pcr_export.deploy.refusals import Axes, GraphPart, check_inputs
 from pcr_export.deploy.triton_config import read_config
 from pcr_export.deploy.triton_repository import REPOSITORY
-from pcr_export.models.catalog import read_json
+from pcr_export.read_files import read_json
 
 Arrays = dict[str, np.ndarray]
 CallModel = Callable[[str, Arrays, list[str]], Arrays]  # (model, its inputs, names of its outputs) -> the outputs

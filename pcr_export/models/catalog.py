@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from pcr_export.models.model_path import (
     pipeline_folder,
     what_a_file_is,
 )
+from pcr_export.read_files import read_json
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 REFERENCE_MODEL = Path(__file__).parent / "reference" / "tiny-sdxl"
@@ -141,18 +141,6 @@ def read_model_index(folder: Path) -> dict[str, Any]:
             "export again without it, or run unet/ alone with parts from elsewhere"
         )
     return index
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises PcrExportError where the file is missing or holds something else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PcrExportError(f"{path} can't be read ({reason}): fetch or export the folder again") from error
-    if not isinstance(value, dict):
-        raise PcrExportError(f"{path} holds no JSON object: fetch or export the folder again")
-    return value
 
 
 def own_picture_size(sample_size: object, vae_scale_factor: int) -> tuple[int, int] | None:

@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import CatalogEntry, own_picture_size, picture_size, read_json, read_model_index
+from pcr_export.models.catalog import CatalogEntry, own_picture_size, picture_size, read_model_index
 from pcr_export.models.picture_sizes import check_picture_size, size_factor
+from pcr_export.read_files import read_json
 
 CLASSES = {  # of diffusers and transformers, as model_index.json names them
     "unet": ("UNet2DConditionModel",),

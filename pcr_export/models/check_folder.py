@@ -10,8 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import read_json, read_model_index
+from pcr_export.models.catalog import read_model_index
 from pcr_export.path_inside import path_inside
+from pcr_export.read_files import read_json
 
 WEIGHT_STEMS = {
     "unet": "diffusion_pytorch_model",

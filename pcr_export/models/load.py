@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size, read_json, read_model_index, resolve
+from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size, read_model_index, resolve
 from pcr_export.models.check_configs import check_configs
 from pcr_export.models.check_folder import WEIGHT_STEMS, check_folder, part_variant
 from pcr_export.models.denoiser import Denoiser
@@ -21,6 +21,7 @@ from pcr_export.models.fuse_lora import fuse_lora
 from pcr_export.models.pipelines import Pipeline, denoiser_from_pipeline
 from pcr_export.models.read_weights import read_weights
 from pcr_export.models.schedulers import check_walk, read_scheduler
+from pcr_export.read_files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import read_json, read_model_index
+from pcr_export.models.catalog import read_model_index
+from pcr_export.read_files import read_json
 from pcr_export.scheduler_setting import BY_NOISE_SCHEDULE, BY_SIGMA, INSTEAD, SchedulerSetting, parse_scheduler
 
 Scheduler = Any  # diffusers mixes its methods in where types don't see them

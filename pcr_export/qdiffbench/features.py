@@ -18,8 +18,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 from transformers.utils import cached_file
 
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import read_json
 from pcr_export.models.fetch import quiet
+from pcr_export.read_files import read_json
 from pcr_export.stages import hash_file
 
 CLIP = "openai/clip-vit-large-patch14"

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import read_json
 from pcr_export.path_inside import path_inside
 from pcr_export.qdiffbench.image_pairs import PairGroup, choose_pairs
 from pcr_export.qdiffbench.metrics import METRICS, NOT_MEASURED, format_metric
 from pcr_export.qdiffbench.page import Chart, Section, Table, write_page
 from pcr_export.qdiffbench.report_figures import draw_bits, draw_error_by_step, draw_scales, draw_sensitivity
 from pcr_export.qdiffbench.scores import PerImage
+from pcr_export.read_files import read_json
 from pcr_export.relaxed_steps import format_steps
 from pcr_export.report import check_format, engine_memory, sampling_words, summary_rows
 from pcr_export.step_scales import StepScales, read_step_scales
