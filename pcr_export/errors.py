@@ -9,7 +9,7 @@ class PcrExportError(Exception):
         self.exit_code = exit_code
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an exception's text that holds anything, without its stop; the exception's type where it has no text."""
     lines = (line.strip(" .:") for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)

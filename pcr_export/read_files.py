@@ -17,7 +17,8 @@ from pcr_export.errors import PcrExportError, first_line
 
 MOST_BYTES = 2**24  # of a small file; a report of SDXL has 2 MB
 MOST_VOCABULARY_BYTES = 2**26  # tokenizer.json of the largest vocabularies has 35 MB
-MOST_PROMPTS_BYTES = 2**28  # captions of COCO's training set have 90 MB
+MOST_PROMPTS_BYTES = 2**27  # captions of COCO's training set have 90 MB
+MOST_CACHE_BYTES = 2**30  # what a builder measured, or compiled
 MOST_DIGITS = 40  # of a whole number: transformers writes 1e30 for a length without a limit
 MOST_NESTED = 64  # lists and objects inside each other
 AGAIN = "fetch or export the folder again"

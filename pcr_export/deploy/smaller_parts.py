@@ -22,6 +22,7 @@ import torch
 
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.deploy.folder import TEXT_ENCODERS, TOKENIZERS
+from pcr_export.engines.onnx_files import load_onnx
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.graph.to_onnx import save_model
 from pcr_export.graph.weight_file import onnx_files
@@ -86,7 +87,7 @@ def _shrink_part(path: Path, form: str, feed: Mapping[str, np.ndarray], safe_db:
     folder = path.with_name(".smaller")
     for candidate in reversed(PART_FORMS[1 : PART_FORMS.index(form) + 1]):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        model = ir.load(path)
+        model = load_onnx(path)
         store_smaller(model, candidate)
         save_model(model, folder / path.name)
         tried[candidate] = _worst_db(expected, _outputs(folder / path.name, feed))
