@@ -7,6 +7,8 @@ import io
 import json
 from collections.abc import Callable
 
+from pcr_export.read_files import parse_json
+
 COLUMN = "Prompt"  # of PartiPrompts and of Stable-Diffusion-Prompts
 ROOM = " \t\r\n"  # around a prompt, no part of it
 
@@ -44,7 +46,7 @@ def coco_captions(text: str) -> list[str]:
 
     The other captions of an image (COCO has five) are left out, as a benchmark of one picture per prompt does.
     """
-    content = json.loads(text)
+    content = parse_json(text)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise ValueError("no list `annotations`, which COCO captions have; name JSON lines .jsonl")
@@ -65,7 +67,7 @@ def json_lines(text: str) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                value = json.loads(line)[COLUMN]
+                value = parse_json(line)[COLUMN]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} is no JSON object with the key {COLUMN}") from error
             prompts.append(_prompt(value, f"{COLUMN} in line {number}"))

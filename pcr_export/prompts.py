@@ -12,8 +12,12 @@ from pathlib import Path
 
 from pcr_export.errors import PcrExportError
 from pcr_export.prompt_sets import CONVERT_PARQUET, READERS, lines_of_text
+from pcr_export.read_files import MOST_PROMPTS_BYTES, read_bytes
 
 LONGEST_PROMPT = 10_000  # characters
+WHAT_TO_GIVE = (
+    "give a UTF-8 text, one prompt a line, or one of the sets that calib/README.md tells of"  # as a prompts file
+)
 REFERENCE = "tiny-sdxl"  # the model that the package brings along
 
 
@@ -28,13 +32,11 @@ def read_prompts(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         raise PcrExportError(f"the prompts file {path} is parquet, which is not read here: {CONVERT_PARQUET}")
+    data = read_bytes(path, most=MOST_PROMPTS_BYTES, advice=WHAT_TO_GIVE)
     try:
-        prompts = READERS.get(suffix, lines_of_text)(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
-        raise PcrExportError(
-            f"the prompts file {path} can't be read ({error}): give a UTF-8 text, one prompt a line, or one of the sets "
-            "that calib/README.md tells of"
-        ) from error
+        prompts = READERS.get(suffix, lines_of_text)(data.decode("utf-8-sig"))
+    except (ValueError, OverflowError, RecursionError, csv.Error) as error:
+        raise PcrExportError(f"the prompts file {path} can't be read ({error}): {WHAT_TO_GIVE}") from error
     if not prompts:
         raise PcrExportError(f"the prompts file {path} holds no prompt: write one prompt a line")
     for number, prompt in enumerate(prompts, start=1):

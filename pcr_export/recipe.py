@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import MissingFileError, check_schema, parse_json, read_text
 from pcr_export.relaxed_steps import parse_relaxed_steps, searched_mean_bits
 from pcr_export.scheduler_setting import parse_scheduler
 
@@ -211,42 +212,27 @@ def _as_json(facts: dict[str, Any]) -> str:
 def recipe_from_json(text: str) -> Recipe:
     """Read what `Recipe.to_json` wrote. Raises PcrExportError where the text is damaged or of another version."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise PcrExportError(f"the recipe is no JSON ({error}): export again") from error
     names = {field.name for field in fields(Recipe)}
     if not isinstance(values, dict) or not names - set(LATER_SETTINGS) <= set(values) <= names:
         raise PcrExportError("the recipe was written by another version of pcr-export: export again")
-    try:
-        lora = tuple(Lora(**each) for each in values.pop("lora", ()))
-    except TypeError as error:
-        raise PcrExportError(f"the recipe's lora is damaged ({error}): export again") from error
-    for field in fields(Recipe):
-        if field.name in values and not _is_of(str(field.type), values[field.name]):
-            raise PcrExportError(f"the recipe's {field.name} is no {field.type}: export again")
+    check_schema(values, Recipe, "the recipe", advice="export again")
+    lora = tuple(Lora(**each) for each in values.pop("lora", ()))
     settings: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
     return Recipe(**settings, lora=lora)
-
-
-def _is_of(annotation: str, value: Any) -> bool:
-    """Whether a value of JSON is what a field of Recipe is declared as, such as "int", "float | None" or "tuple[str, ...]"."""
-    kinds = {"str": str, "int": int, "float": int | float, "bool": bool, "None": type(None)}
-    if annotation.startswith("tuple["):
-        return isinstance(value, list) and all(isinstance(each, str) for each in value)
-    names = annotation.split(" | ")
-    return any(isinstance(value, kinds[name]) and (name == "bool" or not isinstance(value, bool)) for name in names)
 
 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe of an exported folder. Raises PcrExportError where it has none, or a damaged one."""
     try:
-        return recipe_from_json((folder / "recipe.json").read_text("utf-8"))
-    except OSError as error:
+        text = read_text(folder / "recipe.json", advice="export again")
+    except MissingFileError as error:
         raise PcrExportError(
             f"{folder} has no recipe.json, so it is no exported folder: make one with `pcr-export MODEL`, or end the export that stopped"
         ) from error
-    except UnicodeDecodeError as error:
-        raise PcrExportError(f"{folder / 'recipe.json'} is no text ({error}): export again") from error
+    return recipe_from_json(text)
 
 
 def parse_observed_steps(text: str, num_steps: int) -> tuple[str, int]:

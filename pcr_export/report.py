@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import check_schema, read_json
 from pcr_export.recipe import Recipe
 from pcr_export.relaxed_steps import format_steps
+from pcr_export.report_schema import Report
 from pcr_export.sites import Layer
 
 FORMAT = 1
+NO_REASON = "no reason is told"  # why a layer stays float
+AGAIN = "write it again, with this version"
 PACKAGES = (
     "pcr-export",
     "torch",
@@ -46,6 +50,19 @@ def check_format(path: Path, found: object) -> None:
     """Raise PcrExportError where a file is of a format that is not read here."""
     if found != FORMAT:
         raise PcrExportError(f"{path} has format {found}, this version reads {FORMAT}: write it again")
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of an exported folder. Raises PcrExportError where it is missing, damaged or of another format."""
+    return read_facts(folder / "report.json", Report)
+
+
+def read_facts(path: Path, schema: Any) -> dict[str, Any]:
+    """A JSON file with a format, such as report.json. Raises PcrExportError where it is missing, damaged or of another format."""
+    facts = read_json(path, advice=AGAIN)
+    check_format(path, facts.get("format"))
+    check_schema(facts, schema, path, advice=AGAIN)
+    return facts
 
 
 def site_rows(

@@ -6,17 +6,29 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import check_regular, check_schema, parse_json
 from pcr_export.write_files import write_bytes
 
 FORMAT = 1
 ZERO_POINT_SYMMETRIC = 128
+MOST_STEPS = 10**4  # a page draws each
+MOST_TABLE_BYTES = 2**26  # 1000 steps of 10 000 sites
 _TENSORS = ("scale", "zero_point", "bits", "timesteps")
+
+
+class Header(TypedDict):
+    """What the file's header tells beside its tensors."""
+
+    format: int
+    sites: list[str]
+    layers: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,10 @@ class StepScales:
         ):
             if array.dtype != dtype or array.shape != expected:
                 raise ValueError(f"{name} must be {np.dtype(dtype)} {expected}, got {array.dtype} {array.shape}")
+        if not 1 <= shape[0] <= MOST_STEPS:
+            raise ValueError(f"a table has 1 to {MOST_STEPS} steps, got {shape[0]}")
+        if not np.isfinite(self.timesteps).all():
+            raise ValueError("every timestep must be finite")
         if not (np.isfinite(self.scale).all() and (self.scale > 0).all()):
             raise ValueError("every scale must be finite and positive")
         if not (np.diff(self.timesteps) < 0).all():
@@ -84,13 +100,15 @@ def write_step_scales(scales: StepScales, path: Path) -> None:
 
 def read_step_scales(path: Path) -> StepScales:
     """Read what `write_step_scales` wrote. Raises PcrExportError where the file is missing, damaged or of another format."""
+    check_regular(path, most=MOST_TABLE_BYTES, advice="export again")
     try:
         with safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {})["step_scales"])
+            header = parse_json((file.metadata() or {})["step_scales"])
             if header["format"] != FORMAT:
                 raise PcrExportError(
                     f"{path} has scale format {header['format']}, this version reads {FORMAT}: export again"
                 )
+            check_schema(header, Header, path, advice="export again")
             return StepScales(
                 **{name: file.get_tensor(name) for name in _TENSORS},
                 sites=tuple(header["sites"]),

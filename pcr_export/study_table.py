@@ -11,7 +11,7 @@ from typing import Any
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import hold_folder
 from pcr_export.graph.quantize import write_half_onnx
-from pcr_export.models.catalog import read_json, resolve
+from pcr_export.models.catalog import resolve
 from pcr_export.models.load import LoadedModel, load_model
 from pcr_export.output_file import check_output_file
 from pcr_export.progress import Track, silent
@@ -24,6 +24,7 @@ from pcr_export.qdiffbench.painters import FloatPainter, UnetPainter, settings_o
 from pcr_export.qdiffbench.schemes import SCHEMES
 from pcr_export.qdiffbench.study_report import write_study_report
 from pcr_export.qdiffbench.workers import Workers, worker_processes
+from pcr_export.read_files import read_json
 from pcr_export.recipe import Recipe
 from pcr_export.request import CALIBRATION_PIXELS_PER_CALL
 from pcr_export.stages import Facts

@@ -61,8 +61,8 @@ ROWS = [
     ("report.py", "prompts.py", "prompt_sets.py"),
     ("recipe.py", "engine_settings.py"),
     ("relaxed_steps.py", "scheduler_setting.py", "step_scales.py", "sites.py", "progress.py", "manifest.py"),
-    ("stages.py", "folder_lock.py", "path_inside.py", "output_file.py", "usable_cpus.py"),
-    ("write_files.py",),
+    ("report_schema.py", "stages.py", "folder_lock.py", "path_inside.py", "output_file.py", "usable_cpus.py"),
+    ("read_files.py", "write_files.py"),
     ("errors.py", "stop_signals.py", "__init__.py"),
 ]
 

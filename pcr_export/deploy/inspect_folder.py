@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pcr_export.engines.engine_folder import engine_targets
 from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import check_finished, read_manifest
-from pcr_export.models.catalog import read_json
-from pcr_export.report import check_format
+from pcr_export.read_files import read_json
+from pcr_export.report import NO_REASON, read_report
 from pcr_export.sites import block_of
 from pcr_export.stages import Facts
 from pcr_export.step_scales import StepScales, read_step_scales
@@ -34,6 +34,12 @@ ENGINE_FACTS = (
 TIMINGS = ("int8_ms", "relaxed_ms", "fp16_ms", "mean_ms", "speedup")
 
 
+class PipelineIndex(TypedDict):
+    """What is shown of a model_index.json."""
+
+    _class_name: str
+
+
 def inspect_folder(folder: Path) -> Facts:
     """Everything that `pcr-export inspect` shows, as plain JSON. Reads report.json, the scales, the manifest and the engines' records.
 
@@ -42,14 +48,14 @@ def inspect_folder(folder: Path) -> Facts:
     """
     check_finished(folder)
     path = folder / "report.json"
-    report, scales = read_json(path), read_step_scales(folder / "step_scales.safetensors")
+    report, scales = read_report(folder), read_step_scales(folder / "step_scales.safetensors")
     index = folder / "model_index.json"
-    with _reading(path, report):
+    with _reading(path):
         return {
             "format": FORMAT,
             "folder": str(folder),
             "model": report["model"],
-            "pipeline": read_json(index)["_class_name"] if index.is_file() else None,
+            "pipeline": read_json(index, PipelineIndex)["_class_name"] if index.exists() else None,
             "recipe": report["recipe"],
             "weights": _weights(report),
             "activations": {
@@ -101,7 +107,7 @@ def _reasons(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
         if not layer["quantized"]:
-            reasons[layer["reason"]].append(layer["name"])
+            reasons[layer["reason"] or NO_REASON].append(layer["name"])
     return dict(reasons)
 
 
@@ -139,8 +145,7 @@ def _files(folder: Path) -> Facts:
 
 
 @contextmanager
-def _reading(path: Path, report: Mapping[str, Any]) -> Iterator[None]:
-    check_format(path, report.get("format"))
+def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:

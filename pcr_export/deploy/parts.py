@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
+from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
@@ -24,8 +26,8 @@ from pcr_export.engines.onnx_files import input_axes
 from pcr_export.engines.onnxruntime import RUN_ERRORS, OnnxRuntimeEngine
 from pcr_export.engines.tensorrt_runner import TensorRtEngine
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import read_json
 from pcr_export.models.denoiser import Inputs
+from pcr_export.models.part_configs import full_config
 from pcr_export.models.picture_sizes import check_picture_size, latent_factor
 
 TITLES = {
@@ -37,13 +39,25 @@ TITLES = {
 }
 
 
+CONFIGS = {
+    "unet": UNet2DConditionModel,
+    **dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextConfig),
+    **dict.fromkeys(("vae_encoder", "vae_decoder"), AutoencoderKL),
+}
+
+
+def part_config(folder: Path) -> FrozenDict:
+    """The configuration of an exported part, which diffusers reads. Raises PcrExportError where it is missing or damaged."""
+    return FrozenDict(full_config(folder / "config.json", CONFIGS[folder.name], advice="export again"))
+
+
 class OnnxPart(GraphPart):
     """A part of a pipeline whose network is an onnxruntime session; diffusers reads config, dtype and device of it."""
 
     def __init__(self, folder: Path, threads: int | None) -> None:
         super().__init__()
         self.title = TITLES[folder.name]
-        self.config = FrozenDict(read_json(folder / "config.json"))
+        self.config = part_config(folder)
         self.engine = OnnxRuntimeEngine(
             folder / "model.onnx", threads
         ).__enter__()  # closed with the last reference to it
@@ -72,10 +86,10 @@ class ExportedUnet(GraphPart):
     def __init__(self, folder: Path, network: Callable[[Inputs], Tensor], ports: Mapping[str, Axes]) -> None:
         """Read the configuration in `folder`; `ports` are the axes of each of the network's inputs."""
         super().__init__()
-        self.config = FrozenDict(read_json(folder / "config.json"))
+        self.config = part_config(folder)
         self.network, self.ports = network, ports
         self.schedule = ScheduleWatch(folder.parent)
-        self.vae_scale_factor = _vae_scale_factor(folder.parent)
+        self.vae_scale_factor = vae_scale_factor(folder.parent)
         # the one weight's size that StableDiffusionXLPipeline looks up
         self.add_embedding = SimpleNamespace(
             linear_1=SimpleNamespace(in_features=self.config.get("projection_class_embeddings_input_dim"))
@@ -133,11 +147,10 @@ class ExportedUnet(GraphPart):
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 
 
-def _vae_scale_factor(folder: Path) -> int:
+def vae_scale_factor(folder: Path) -> int:
     """Pixels per latent, by which sizes are told; that of every published VAE where the folder was exported without."""
-    path = folder / "vae_decoder" / "config.json"
-    channels = read_json(path).get("block_out_channels") if path.is_file() else None
-    return 2 ** (len(channels) - 1) if isinstance(channels, list) and channels else 8
+    part = folder / "vae_decoder"
+    return 2 ** (len(part_config(part)["block_out_channels"]) - 1) if (part / "config.json").exists() else 8
 
 
 def _one_timestep(timestep: Tensor | float) -> Tensor:

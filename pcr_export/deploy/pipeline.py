@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import diffusers
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
-from transformers import CLIPTokenizer
 
 from pcr_export.deploy.folder import TOKENIZERS
-from pcr_export.deploy.parts import OnnxTextEncoder, OnnxUnet, OnnxVae, TensorRtUnet, vae_encoder
+from pcr_export.deploy.parts import OnnxTextEncoder, OnnxUnet, OnnxVae, TensorRtUnet, part_config, vae_encoder
 from pcr_export.deploy.refusals import LORA, SAVING
 from pcr_export.engine_settings import BACKENDS
 from pcr_export.engines.engine_folder import engine_targets, find_engine
@@ -21,8 +19,10 @@ from pcr_export.engines.engine_record import read_engine_record
 from pcr_export.engines.flavours import gpu_target
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import check_exported_folder, check_finished
-from pcr_export.models.catalog import read_json, read_model_index
+from pcr_export.models.catalog import read_model_index
+from pcr_export.models.clean_part import read_tokenizer
 from pcr_export.models.pipelines import Pipeline
+from pcr_export.models.schedulers import read_scheduler
 
 TASKS = {"text-to-image": "Pipeline", "image-to-image": "Img2ImgPipeline", "inpainting": "InpaintPipeline"}
 
@@ -120,7 +120,7 @@ def load_exported_pipeline(
         "vae": network("vae_decoder"),
         "text_encoder": network("text_encoder"),
         "tokenizer": _read_tokenizer(folder / "tokenizer"),
-        "scheduler": _read_scheduler(folder / "scheduler"),
+        "scheduler": read_scheduler(folder),
     }
     if index["_class_name"] == "StableDiffusionXLPipeline":
         parts |= {
@@ -143,25 +143,18 @@ def _refuse_call(message: str, *_arguments: Any, **_named: Any) -> NoReturn:
     raise PcrExportError(message)
 
 
-def read_tokenizers(folder: Path) -> list[CLIPTokenizer]:
+def read_tokenizers(folder: Path) -> list[Any]:
     """The tokenizers of an exported folder; none where it was exported without. Raises PcrExportError where one is damaged."""
     return [_read_tokenizer(folder / name) for name in TOKENIZERS if (folder / name).is_dir()]
 
 
-def _read_tokenizer(folder: Path) -> CLIPTokenizer:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise PcrExportError(f"{folder / 'tokenizer.json'} is missing: export again")
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise PcrExportError(f"{folder} holds no readable tokenizer ({error}): export again") from error
-
-
-def _read_scheduler(folder: Path) -> Any:
-    config = read_json(folder / "scheduler_config.json")
-    name = str(config.get("_class_name"))
-    scheduler = getattr(diffusers, name, None)
-    if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
-        raise PcrExportError(f"{folder} names {name}, which is no scheduler of diffusers: export again")
-    from_config: Any = getattr(scheduler, "from_config")  # noqa: B009 - diffusers mixes it in where types don't see it
-    return from_config(config)
+def _read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of an exported folder, which makes no more and no other tokens than its text encoder reads."""
+    encoder = part_config(folder.with_name(folder.name.replace("tokenizer", "text_encoder")))
+    tokenizer = read_tokenizer(folder, most_tokens=encoder["max_position_embeddings"], advice="export again")
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= encoder["vocab_size"]:
+        raise PcrExportError(
+            f"{folder} has the token {highest}, where the text encoder knows {encoder['vocab_size']}: export again"
+        )
+    return tokenizer

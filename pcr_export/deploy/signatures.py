@@ -9,7 +9,7 @@ from typing import Any
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.onnx_files import Ports, onnx_ports
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import read_json
+from pcr_export.read_files import read_json
 
 Wanted = Mapping[str, tuple[str, tuple[int | None, ...]]]  # name -> data type, and axes; None: of any size
 PICTURE_CHANNELS = 3  # where a VAE's configuration does not tell

@@ -21,6 +21,7 @@ import torch
 
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.deploy.folder import TEXT_ENCODERS, TOKENIZERS
+from pcr_export.engines.onnx_files import load_onnx
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.graph.to_onnx import save_model
 from pcr_export.graph.weight_file import onnx_files
@@ -84,7 +85,7 @@ def _shrink_part(path: Path, form: str, feed: Mapping[str, np.ndarray], safe_db:
     tried: dict[str, float] = {}
     found = PART_FORMS[0]
     for candidate in reversed(PART_FORMS[1 : PART_FORMS.index(form) + 1]):
-        model = ir.load(path)
+        model = load_onnx(path)
         store_smaller(model, candidate)
         with new_folder(path) as folder:
             save_model(model, folder / path.name)

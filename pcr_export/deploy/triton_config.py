@@ -12,6 +12,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 
 from pcr_export.engines.onnx_files import Ports, onnx_ports
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import read_text
 from pcr_export.write_files import write_text
 
 Port = tuple[str, tuple[int, ...]]  # Triton's data type, and every axis with -1 for one of free size
@@ -132,13 +133,10 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         PcrExportError: it is missing or no text that Triton would read.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PcrExportError(f"{path} can't be read ({error}): export again") from error
+    text = read_text(path, advice="export again")
     try:
         message = text_format.Parse(text, _messages()["ModelConfig"](), allow_unknown_field=True)
-    except text_format.ParseError as error:
+    except (text_format.ParseError, RecursionError, ValueError) as error:
         raise PcrExportError(f"{path} is no config.pbtxt ({error}): export again") from error
     return ModelConfig(
         name=message.name,

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from pcr_export.deploy.parts import TITLES, ExportedUnet, OnnxPart, OnnxTextEncoder, OnnxVae
+from pcr_export.deploy.parts import TITLES, ExportedUnet, OnnxPart, OnnxTextEncoder, OnnxVae, part_config
 from pcr_export.deploy.refusals import Axes, GraphPart, check_inputs
 from pcr_export.deploy.triton_config import read_config
 from pcr_export.deploy.triton_repository import REPOSITORY
-from pcr_export.models.catalog import read_json
 
 Arrays = dict[str, np.ndarray]
 CallModel = Callable[[str, Arrays, list[str]], Arrays]  # (model, its inputs, names of its outputs) -> the outputs
@@ -54,7 +52,7 @@ class _ServedPart(OnnxPart):
     def __init__(self, folder: Path, run: _Run) -> None:
         GraphPart.__init__(self)  # no session of its own
         self.title = TITLES[run.name]
-        self.config = FrozenDict(read_json(folder / "config.json"))
+        self.config = part_config(folder)
         self.call_model = run
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

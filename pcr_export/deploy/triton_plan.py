@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.flavours import compute_capability
+from pcr_export.engines.onnx_files import load_onnx
 from pcr_export.errors import PcrExportError
 from pcr_export.write_files import write_bytes
 
@@ -26,7 +27,7 @@ def write_plan_onnx(folder: Path) -> None:
         PcrExportError: the graph has no input of rank 0.
     """
     path, source = plan_onnx(folder), tensorrt_onnx(folder)
-    model = ir.load(source)
+    model = load_onnx(source)
     scalars = [value for value in model.graph.inputs if value.shape is not None and len(value.shape) == 0]
     if len(scalars) != 1:
         raise PcrExportError(f"{source} has {len(scalars)} inputs of rank 0, not the timestep alone: export again")

@@ -11,6 +11,7 @@ from pcr_export.engines.engine_record import check_current, read_engine_record
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import Manifest, StoredImage, check_exported_folder, check_files, file_below, read_manifest
 
+COPY = "copy the folder again from where it is whole, or export it again"
 Check = tuple[str, str]  # what was checked, what was found
 
 
@@ -65,15 +66,19 @@ def _check_image(folder: Path, manifest: Manifest, paint: bool) -> str:
 
 
 def _compare_image(folder: Path, stored: StoredImage) -> str:
+    import numpy as np
     import torch  # the checks before do without it, and without diffusers
 
     from pcr_export.deploy.run import generate
     from pcr_export.qdiffbench.distances import psnr_db
-    from pcr_export.qdiffbench.images import read_images
+    from pcr_export.qdiffbench.images import read_image
 
     path = file_below(folder, stored.file)
-    reference = read_images(path.parent, int(path.stem), int(path.stem) + 1)  # uint8 [1, 3, height, width]
+    stored_image = read_image(path, advice=COPY)
+    reference = torch.from_numpy(np.array(stored_image)).permute(2, 0, 1)[None]  # uint8 [1, 3, height, width]
     image = torch.from_numpy(generate(folder, stored.prompt, seed=stored.seed)).permute(2, 0, 1)[None]
+    if image.shape != reference.shape:
+        raise PcrExportError(f"{folder} paints images of another size than {stored.file}: {COPY}", exit_code=3)
     (psnr,) = psnr_db(image, reference)
     if psnr < stored.min_psnr_db:
         raise PcrExportError(

@@ -37,6 +37,7 @@ from pcr_export.engines.layer_dump import (
     prove_int8,
 )
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import MOST_CACHE_BYTES, read_bytes
 from pcr_export.write_files import open_new, write_bytes
 
 
@@ -214,7 +215,7 @@ def advice(job: Mapping[str, Any]) -> str:
 
 def load_timing_cache(config: Any, path: Path) -> None:
     """Give the builder the tactics measured before; a cache that is missing, damaged or of another GPU becomes an empty one."""
-    known = [path.read_bytes()] if path.is_file() else []
+    known = [read_bytes(path, most=MOST_CACHE_BYTES)] if path.is_file() else []
     for content in (*known, b""):
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, False):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
 from pcr_export.engines.engine_folder import engine_targets, find_engine, float_engine, tensorrt_onnx
 from pcr_export.engines.engine_record import read_engine_record, write_engine_record
@@ -26,11 +27,22 @@ from pcr_export.engines.timing import time_engines
 from pcr_export.errors import PcrExportError
 from pcr_export.manifest import check_finished, update_manifest
 from pcr_export.progress import Track, silent
+from pcr_export.read_files import read_json
 from pcr_export.step_scales import StepScales, read_step_scales
 
 ONNXRUNTIME, DIALECT = "onnxruntime's dialect", "TensorRT's dialect"
 NOT_RUN = "built, not run: no GPU here"
+MOST_ELEMENTS = 2**28  # of a channel of an input
 SIZES = {"batch": 2, "height": 64, "width": 64}  # where neither an engine nor the UNet's configuration tells
+
+
+Side = Annotated[int, Meta(ge=1, le=2**14)]
+
+
+class OwnSize(TypedDict, total=False):
+    """What is read of unet/config.json."""
+
+    sample_size: Side | Annotated[list[Side], Meta(min_length=2, max_length=2)] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +181,12 @@ def _sizes(folder: Path, engines: Sequence[Path]) -> dict[str, int]:
     """Of the symbolic axes: what the first engine is best at, else the UNet's own size."""
     if engines:
         record = read_engine_record(engines[0].with_suffix(".json"))
-        return {name: best for name, (_, best, _) in record.axes.items()}
+        sizes = {name: best for name, (_, best, _) in record.axes.items()}
+        if not 1 <= math.prod(sizes.values()) <= MOST_ELEMENTS or min(sizes.values(), default=1) < 1:
+            raise PcrExportError(f"{engines[0]} takes inputs of {sizes}, which no GPU holds: build the engine again")
+        return sizes
     config = folder / "unet" / "config.json"
-    size = json.loads(config.read_text("utf-8")).get("sample_size") if config.is_file() else None
+    size = read_json(config, OwnSize, advice="export again").get("sample_size") if config.exists() else None
     if size is None:
         return SIZES
     height, width = (size, size) if isinstance(size, int) else size

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from pcr_export.engine_settings import Range
 from pcr_export.engines.build_request import FLAGS, BuildRequest
 from pcr_export.engines.flavours import Flavour, load_flavour
 from pcr_export.engines.onnx_files import ShapeRange, add_file, input_shapes, onnx_sha256
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import MissingFileError, read_json
 from pcr_export.write_files import write_json
 
 FORMAT_VERSION = 1
@@ -86,17 +89,18 @@ def read_engine_record(path: Path) -> EngineRecord:
         PcrExportError: it is missing, damaged, or of a format that this version does not read.
     """
     path = path.with_suffix(".json")
-    if not path.is_file():
-        raise PcrExportError(f"{path} does not exist: build the engine first")
     try:
-        content = json.loads(path.read_text("utf-8"))
-        version = content.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise PcrExportError(
-                f"{path} has format {version}, this version reads {FORMAT_VERSION}: build the engine again"
-            )
-        return _from_json(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        content = read_json(path, advice="build the engine again")
+    except MissingFileError as error:
+        raise PcrExportError(f"{path} does not exist: build the engine first") from error
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise PcrExportError(
+            f"{path} has format {version}, this version reads {FORMAT_VERSION}: build the engine again"
+        )
+    try:
+        return msgspec.convert(content, EngineRecord)
+    except msgspec.ValidationError as error:
         raise PcrExportError(f"{path} is damaged ({error}): build the engine again") from error
 
 
@@ -170,24 +174,6 @@ def file_damage(record: EngineRecord, engine_path: Path) -> str | None:
     if digest.hexdigest() != record.engine_sha256:
         return f"engine file: {_short(record.engine_sha256)} then, {_short(digest.hexdigest())} now"
     return None
-
-
-def _from_json(content: dict[str, Any]) -> EngineRecord:
-    missing = {field.name for field in fields(EngineRecord)} ^ set(content)
-    if missing:
-        raise KeyError(", ".join(sorted(missing)))
-    content["axes"] = {name: _range(sizes) for name, sizes in content["axes"].items()}
-    content["inputs"] = {
-        name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in content["inputs"].items()
-    }
-    content["flags"] = tuple(content["flags"])
-    content["kernel_table"] = tuple(tuple(row) for row in content["kernel_table"])
-    return EngineRecord(**content)
-
-
-def _range(sizes: Sequence[int]) -> Range:
-    low, best, high = sizes
-    return low, best, high
 
 
 def _words(ranges: Mapping[str, Any]) -> str:

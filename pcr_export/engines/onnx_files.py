@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from pcr_export.engine_settings import Range
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, first_line
 from pcr_export.path_inside import path_inside
+from pcr_export.read_files import check_regular
 
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # minimum, optimum, maximum of every axis
 Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]  # name -> data type such as FLOAT, and axes
+AGAIN = "export the model again"
+MOST_BYTES = 2**31  # of a model without its weights: what protobuf reads
 CHUNK = 1 << 22  # bytes read at a time
 
 
@@ -33,7 +35,7 @@ def onnx_ports(path: Path) -> tuple[Ports, Ports]:
     Raises:
         PcrExportError: the file is missing or damaged, or does not tell the rank of one.
     """
-    graph = _load(path).graph
+    graph = load_onnx(path).graph
     return _ports(path, graph.inputs), _ports(path, graph.outputs)
 
 
@@ -60,7 +62,7 @@ def onnx_sha256(path: Path) -> str:
     Raises:
         PcrExportError: one of them is missing.
     """
-    model = _load(path)
+    model = load_onnx(path)
     names = external_files(model)
     digest = hashlib.sha256()
     for file in (path, *(path_inside(path.parent, name, path) for name in names)):
@@ -70,9 +72,13 @@ def onnx_sha256(path: Path) -> str:
 
 def external_files(model: ir.Model) -> list[str]:
     """The files of a model's external data as it names them, sorted."""
+    return sorted({str(tensor.location) for tensor in _external_tensors(model)})
+
+
+def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
     graphs = (model.graph, *model.graph.subgraphs())
     tensors = (value.const_value for graph in graphs for value in graph.initializers.values())
-    return sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
+    return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
 
 
 def add_file(digest: hashlib._Hash, path: Path) -> None:
@@ -99,16 +105,40 @@ def _ports(path: Path, values: Iterable[ir.Value]) -> Ports:
     return ports
 
 
-def _load(path: Path) -> ir.Model:
-    if not path.is_file():
-        raise PcrExportError(f"{path} does not exist: export the model first")
+def load_onnx(path: Path) -> ir.Model:
+    """The graph in `path`, its weights where they are.
+
+    Raises:
+        PcrExportError: the file is missing or damaged, or the file of its weights is missing, cut short or elsewhere.
+    """
+    check_regular(path, most=MOST_BYTES, advice=AGAIN)
     try:
         model = ir.load(path)
-    except (OSError, ValueError, DecodeError) as error:
-        raise PcrExportError(f"{path} is no ONNX file ({error}): export the model again") from error
-    for name in external_files(model):
-        path_inside(path.parent, name, path)  # whoever reads the model reads what it names
+        tensors = _external_tensors(model)
+        ends = [(str(tensor.location), (tensor.offset or 0), tensor.nbytes) for tensor in tensors]
+    except Exception as error:  # whatever a damaged file makes of protobuf and onnx-ir
+        raise PcrExportError(f"{path} is no ONNX file ({first_line(error)}): {AGAIN}") from error
+    sizes = {}
+    for name, offset, size in ends:
+        if name not in sizes:
+            data = path_inside(path.parent, name, path)
+            check_regular(data, advice=AGAIN)
+            sizes[name] = data.stat().st_size
+        if offset < 0 or sizes[name] < offset + size:
+            raise PcrExportError(f"{path.parent / name}, the weights of {path.name}, is cut short: {AGAIN}")
     return model
+
+
+def check_model_files(path: Path) -> None:
+    """Look at an ONNX file and at what may be its weights, before a library opens them: files, no pipes and no devices.
+
+    Raises:
+        PcrExportError: one is something else, or the model is larger than protobuf reads.
+    """
+    check_regular(path, most=MOST_BYTES, advice=AGAIN)
+    for file in path.parent.rglob("*"):
+        if file.exists() and not file.is_dir():
+            check_regular(file, advice=AGAIN)
 
 
 def _range(name: str, axis: int | str, axes: Mapping[str, Range]) -> Range:

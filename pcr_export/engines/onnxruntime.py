@@ -12,6 +12,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from pcr_export.engines.latency import Latency, measure_latency
+from pcr_export.engines.onnx_files import check_model_files
 from pcr_export.errors import PcrExportError, first_line
 from pcr_export.usable_cpus import usable_cpus
 
@@ -42,8 +43,7 @@ class OnnxRuntimeEngine:
         self._session: onnxruntime.InferenceSession | None = None
 
     def __enter__(self) -> OnnxRuntimeEngine:
-        if not self.path.is_file():
-            raise PcrExportError(f"{self.path} does not exist: export the model first")
+        check_model_files(self.path)
         try:
             self._session = onnxruntime.InferenceSession(self.path, _options(self.threads), ["CPUExecutionProvider"])
         except LOAD_ERRORS as error:

@@ -17,6 +17,7 @@ from pcr_export.engines.flavours import Flavour, gpu_target, load_flavour
 from pcr_export.engines.input_ranges import check_input_ranges, is_within
 from pcr_export.engines.latency import Latency, measure_latency
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import MOST_CACHE_BYTES, check_regular, read_bytes
 from pcr_export.write_files import write_bytes
 
 NO_GPU = "no CUDA GPU here: run the onnxruntime engine, or copy the folder to a GPU host"
@@ -119,6 +120,7 @@ class _Program:
         self.record = record
         self.log = _make_log(self.trt)
         self.runtime = self.trt.Runtime(self.log)  # must outlive the engine
+        check_regular(path, advice=f"build it again with {record.rebuild_command}")
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise PcrExportError(
@@ -186,7 +188,9 @@ class _Jit:
         self.config.dynamic_shapes_kernel_specialization_strategy = eager
         self.cache = self.config.create_runtime_cache()  # the configuration does not keep it alive
         if path.is_file():
-            self.cache.deserialize(path.read_bytes())  # False, and no harm, where another version or GPU wrote it
+            self.cache.deserialize(
+                read_bytes(path, most=MOST_CACHE_BYTES)
+            )  # False, and no harm, where another version or GPU wrote it
         self.config.set_runtime_cache(self.cache)
 
     def save(self) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from pcr_export.calibrate.weights.rounding import NEAREST_8, RoundWeight
+from pcr_export.engines.onnx_files import load_onnx
 from pcr_export.errors import PcrExportError
 from pcr_export.graph.job import MICROSOFT, Job
 from pcr_export.graph.passes import DIALECTS, HALF_PASSES
 from pcr_export.graph.weight_file import WeightFile
-from pcr_export.path_inside import path_inside
 from pcr_export.sites import Layer
 from pcr_export.step_scales import StepScales
 
@@ -64,7 +63,7 @@ def quantize_onnx(
         PcrExportError: the float file is unreadable, no layer is quantized, or a layer of `scales` is not in the graph.
     """
     _check_layers(scales, layers)
-    model = _load(source) if isinstance(source, Path) else source.clone()
+    model = load_onnx(source) if isinstance(source, Path) else source.clone()
     float_bytes = _bytes(source) if isinstance(source, Path) else _weight_bytes(model)
     with WeightFile(out_path) as weights:
         job = Job(
@@ -99,7 +98,7 @@ def write_half_onnx(source: Path | ir.Model, out_path: Path) -> None:
     Raises:
         PcrExportError: the float file is unreadable, or a constant lies beyond float16.
     """
-    model = _load(source) if isinstance(source, Path) else source.clone()
+    model = load_onnx(source) if isinstance(source, Path) else source.clone()
     with WeightFile(out_path) as weights:
         job = Job(graph=model.graph, scales=NOTHING_QUANTIZED, timestep=_timestep(model.graph), weights=weights)
         for each in HALF_PASSES:
@@ -116,20 +115,6 @@ def _check_layers(scales: StepScales, layers: Sequence[Layer]) -> None:
     for name in scales.layers:
         if name in float_layers:
             raise PcrExportError(f"{name} has scales but is to stay float ({float_layers[name]}): calibrate again")
-
-
-def _load(path: Path) -> ir.Model:
-    try:
-        model = ir.load(path)
-    except (OSError, ValueError, DecodeError) as error:
-        raise PcrExportError(f"{path} is no readable ONNX graph ({error}): export it again") from error
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            data = path_inside(path.parent, str(tensor.location), path)
-            if not data.is_file() or data.stat().st_size < (tensor.offset or 0) + tensor.nbytes:
-                raise PcrExportError(f"{data}, the weights of {path.name}, is missing or cut short: export it again")
-    return model
 
 
 def _timestep(graph: ir.Graph) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.lora_file import LoraFile
@@ -21,6 +20,7 @@ from pcr_export.models.model_path import (
     pipeline_folder,
     what_a_file_is,
 )
+from pcr_export.read_files import read_json
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 REFERENCE_MODEL = Path(__file__).parent / "reference" / "tiny-sdxl"
@@ -33,6 +33,13 @@ HANDED_OVER = (
 )  # what an export with --strip-encoders has not
 FEWEST_STEPS_TO_RELAX = 10  # a fifth of fewer is less than two steps
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ModelIndex(TypedDict, total=False):
+    """What is read of a model_index.json besides its parts."""
+
+    force_zeros_for_empty_prompt: bool
+    add_watermarker: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +135,9 @@ def read_model_index(folder: Path) -> dict[str, Any]:
         PcrExportError: there is none, it is no JSON object, or it names a pipeline class that can't be exported, or lacks a part.
     """
     path = folder / INDEX
-    if not path.is_file():
+    if not path.exists():
         raise PcrExportError(f"{folder} has no {INDEX}: {WHAT_A_PIPELINE_IS}")
-    index = read_json(path)
+    index = read_json(path, ModelIndex)
     class_name = index.get("_class_name")
     if class_name not in PIPELINE_CLASSES:
         raise PcrExportError(f"{folder} holds a {class_name}: only {' and '.join(PIPELINE_CLASSES)} can be exported")
@@ -141,18 +148,6 @@ def read_model_index(folder: Path) -> dict[str, Any]:
             "export again without it, or run unet/ alone with parts from elsewhere"
         )
     return index
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises PcrExportError where the file is missing or holds something else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PcrExportError(f"{path} can't be read ({reason}): fetch or export the folder again") from error
-    if not isinstance(value, dict):
-        raise PcrExportError(f"{path} holds no JSON object: fetch or export the folder again")
-    return value
 
 
 def own_picture_size(sample_size: object, vae_scale_factor: int) -> tuple[int, int] | None:

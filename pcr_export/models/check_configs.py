@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import CatalogEntry, own_picture_size, picture_size, read_json, read_model_index
+from pcr_export.models.catalog import CatalogEntry, own_picture_size, picture_size, read_model_index
+from pcr_export.models.part_configs import defaults, full_config, read_part_config
 from pcr_export.models.picture_sizes import check_picture_size, size_factor
+from pcr_export.read_files import MOST_VOCABULARY_BYTES, read_json
 
 CLASSES = {  # of diffusers and transformers, as model_index.json names them
     "unet": ("UNet2DConditionModel",),
@@ -89,12 +90,12 @@ def _read_configs(
     texts = [part for part in ("text_encoder", "text_encoder_2") if part in index]
     names = {part: str(folder / part / "config.json") for part in ("unet", "vae", *texts)}
     if unet is None:
-        unet = read_json(folder / "unet" / "config.json")
+        unet = read_part_config(folder / "unet" / "config.json", UNet2DConditionModel)
     else:
         names["unet"] = f"config.json of {entry.unet}"
     return Configs(
-        unet={**_defaults(UNet2DConditionModel), **unet},
-        vae={**_defaults(AutoencoderKL), **read_json(folder / "vae" / "config.json")},
+        unet={**defaults(UNet2DConditionModel), **unet},
+        vae=full_config(folder / "vae" / "config.json", AutoencoderKL),
         texts=[_text_config(folder / part) for part in texts],
         names=names,
         tokenizers=[folder / part.replace("text_encoder", "tokenizer") for part in texts],
@@ -102,15 +103,10 @@ def _read_configs(
     )
 
 
-def _defaults(model: type) -> dict[str, Any]:
-    """What diffusers fills in for a key that a configuration lacks."""
-    parameters = inspect.signature(getattr(model, "__init__")).parameters  # noqa: B009 - of a class, which mypy calls unsound
-    return {name: each.default for name, each in parameters.items() if each.default is not inspect.Parameter.empty}
-
-
 def _text_config(folder: Path) -> CLIPTextConfig:
+    config = read_part_config(folder / "config.json", CLIPTextConfig)
     try:
-        return CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+        return CLIPTextConfig(**config)
     except Exception as error:  # whatever a damaged file makes of two libraries
         raise PcrExportError(
             f"{folder / 'config.json'} is no text encoder's ({first_line(error)}): fetch the folder again"
@@ -154,9 +150,9 @@ def _condition_faults(configs: Configs) -> list[str]:
 
 def _mask_faults(configs: Configs) -> list[str]:
     """A text encoder that StableDiffusionPipeline would give a mask of the tokens, for which the exported one has no input."""
-    if configs.is_xl or not getattr(configs.texts[0], "use_attention_mask", False):
-        return []
     name = configs.names["text_encoder"]
+    if configs.is_xl or not read_json(Path(name)).get("use_attention_mask", False):
+        return []
     return [
         f"{name}: use_attention_mask is true, and a text encoder is exported for tokens alone: no such model can be"
     ]
@@ -194,7 +190,8 @@ def _token_faults(configs: Configs) -> list[str]:
                 f"{own}: model_max_length is {length}, where the text encoder reads {text.max_position_embeddings} tokens: "
                 "they are no pair, fetch the folder again"
             )
-        highest = max(read_json(vocabulary).values(), default=0) if vocabulary.is_file() else 0
+        known = read_json(vocabulary, most=MOST_VOCABULARY_BYTES) if vocabulary.is_file() else {}
+        highest = max(known.values(), default=0)
         if highest >= text.vocab_size:
             faults.append(
                 f"{vocabulary} has the token {highest}, where the text encoder knows {text.vocab_size}: "

@@ -10,8 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import read_json, read_model_index
+from pcr_export.models.catalog import read_model_index
 from pcr_export.path_inside import path_inside
+from pcr_export.read_files import MOST_VOCABULARY_BYTES, check_regular, read_json
 
 WEIGHT_STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -19,6 +20,7 @@ WEIGHT_STEMS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
+FETCH = "fetch the folder again"
 LIBRARIES = ("diffusers", "transformers")
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # nothing of them is loaded
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -50,10 +52,9 @@ def check_folder(folder: Path) -> None:
             path = folder / component / name
             if component in TOKENIZERS and (folder / component / "tokenizer.json").is_file():
                 continue  # it holds vocabulary and merges
-            if not path.is_file():
-                raise PcrExportError(f"{path} is missing: fetch the folder again")
+            check_regular(path, most=MOST_VOCABULARY_BYTES, advice=FETCH)
             if path.suffix == ".json":
-                read_json(path)
+                read_json(path, most=MOST_VOCABULARY_BYTES, advice=FETCH)
         if component in WEIGHT_STEMS:
             _check_weights(folder / component, WEIGHT_STEMS[component], part_variant(folder, component))
 
@@ -109,14 +110,25 @@ def _variants(folder: Path, stem: str) -> set[str | None]:
     return {match[1] for pattern in patterns for name in names if (match := re.fullmatch(pattern, name))}
 
 
-def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
+def weight_files(folder: Path, part: str) -> list[str]:
+    """The safetensors files of a part in the variant that it is read in, and their index where they are sharded: names below it."""
+    names, index = _weight_names(folder / part, WEIGHT_STEMS[part], part_variant(folder, part))
+    return [*names, *([index] if index else [])]
+
+
+def _weight_names(folder: Path, stem: str, variant: str | None) -> tuple[list[str], str | None]:
     suffix = f".{variant}" if variant is not None else ""
-    shards = folder / f"{stem}.safetensors.index{suffix}.json"
-    plain = f"{stem}{suffix}.safetensors"
-    names = _shards(shards) if shards.is_file() else [plain]
+    shards = f"{stem}.safetensors.index{suffix}.json"
+    if (folder / shards).exists():
+        return _shards(folder / shards), shards
+    return [f"{stem}{suffix}.safetensors"], None
+
+
+def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
+    names, index = _weight_names(folder, stem, variant)
     for name in names:
-        path = path_inside(folder, name, shards)
-        if path.is_file():
+        path = path_inside(folder, name, folder / str(index))
+        if path.exists():
             _check_safetensors(path)
             continue
         if path.is_symlink():
@@ -133,13 +145,14 @@ def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
 
 def _shards(path: Path) -> list[str]:
     """The files that an index of sharded weights names."""
-    files = read_json(path).get("weight_map")
+    files = read_json(path, advice=FETCH).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise PcrExportError(f"{path} names no files of weights: fetch the folder again")
     return sorted(set(files.values()))
 
 
 def _check_safetensors(path: Path) -> None:
+    check_regular(path, advice=FETCH)
     try:
         with safe_open(path, "numpy") as file:
             file.keys()

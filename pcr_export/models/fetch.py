@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from pcr_export.errors import PcrExportError
 from pcr_export.models.catalog import CatalogEntry
 from pcr_export.models.check_folder import check_folder
+from pcr_export.models.part_configs import clean_config
 from pcr_export.models.read_weights import read_weights
 
 HUB_ERRORS = (OSError, ValueError, RuntimeError)
@@ -91,7 +92,7 @@ def fetch_unet_config(hub_id: str, entry: CatalogEntry) -> dict[str, Any]:
             config: dict[str, Any] = dict(UNet2DConditionModel.load_config(hub_id))
     except HUB_ERRORS as error:
         raise _unreachable(entry, hub_id, error) from error
-    return config
+    return clean_config(config, UNet2DConditionModel, f"config.json of {hub_id}")
 
 
 def fetch_unet(hub_id: str, entry: CatalogEntry) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,22 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from transformers import CLIPTextConfig
 
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size, read_json, read_model_index, resolve
+from pcr_export.models.catalog import CatalogEntry, fill_in, own_picture_size, read_model_index, resolve
 from pcr_export.models.check_configs import check_configs
-from pcr_export.models.check_folder import WEIGHT_STEMS, check_folder, part_variant
+from pcr_export.models.check_folder import LEFT_OUT, TOKENIZERS, WEIGHT_STEMS, check_folder, part_variant, weight_files
+from pcr_export.models.clean_part import clean_part, read_tokenizer
 from pcr_export.models.denoiser import Denoiser
 from pcr_export.models.fetch import fetch_folder, fetch_unet, fetch_unet_config, quiet
 from pcr_export.models.fuse_lora import fuse_lora
 from pcr_export.models.pipelines import Pipeline, denoiser_from_pipeline
 from pcr_export.models.read_weights import read_weights
 from pcr_export.models.schedulers import check_walk, read_scheduler
+from pcr_export.read_files import read_json
+
+OPTIONS = ("force_zeros_for_empty_prompt", "add_watermarker")  # of a pipeline, in its model_index.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,21 +129,28 @@ def _read_scheduler(folder: Path, entry: CatalogEntry) -> Any:
 
 
 def _read_pipeline(folder: Path, scheduler: Any) -> Pipeline:
+    """The pipeline of a folder that was looked at. Its parts are read one by one; nothing else of the folder is looked into."""
     index = read_model_index(folder)
-    # The safety checker is no part of what is exported; leaving it out saves reading 1.2 GB.
-    unused: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    options = {name: value for name, value in unused.items() if name in index}
-    if "safety_checker" in index:
-        options["requires_safety_checker"] = False
     try:
         with quiet():
-            parts = {name: _read_part(folder, name, index[name]) for name in WEIGHT_STEMS if name in index}
-            pipeline: Pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-                folder, local_files_only=True, scheduler=scheduler, **parts, **options
-            )
+            parts: dict[str, Any] = {
+                name: _read_part(folder, name, index[name]) for name in WEIGHT_STEMS if name in index
+            }
+            for name in TOKENIZERS:
+                if name in index:
+                    encoder = parts[name.replace("tokenizer", "text_encoder")]
+                    most = encoder.config.max_position_embeddings
+                    parts[name] = read_tokenizer(folder / name, class_name=index[name][1], most_tokens=most)
+                    _check_vocabulary(folder / name, parts[name], encoder)
+            pipeline_class = getattr(diffusers, index["_class_name"])
+            # The safety checker is no part of what is exported; leaving it out saves reading 1.2 GB.
+            parts |= {**dict.fromkeys(LEFT_OUT), "requires_safety_checker": False, "scheduler": scheduler}
+            parts |= {name: index[name] for name in OPTIONS if name in index}
+            taken = inspect.signature(pipeline_class).parameters
+            pipeline: Pipeline = pipeline_class(**{name: part for name, part in parts.items() if name in taken})
     except PcrExportError:
         raise
-    except Exception as error:  # whatever damaged files make of two libraries, tokenizers' bare Exception too
+    except Exception as error:  # whatever damaged files make of two libraries
         raise PcrExportError(
             f"{folder} can't be loaded as a {index['_class_name']} ({first_line(error)}): fetch it again"
         ) from error
@@ -148,4 +161,20 @@ def _read_part(folder: Path, name: str, named: Sequence[str]) -> torch.nn.Module
     """The part of a pipeline folder that model_index.json names as (library, class)."""
     library, class_name = named
     network_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-    return read_weights(network_class, folder / name, variant=part_variant(folder, name), local_files_only=True)
+    kind = CLIPTextConfig if library == "transformers" else network_class
+    with clean_part(folder / name, kind, weight_files(folder, name)) as clean:
+        try:
+            return read_weights(
+                network_class, clean, folder / name, variant=part_variant(folder, name), local_files_only=True
+            )
+        except OSError as error:
+            raise OSError(str(error).replace(str(clean), str(folder / name))) from error
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any, encoder: Any) -> None:
+    """Raise PcrExportError for a tokenizer that makes tokens for which its text encoder has no vector."""
+    highest, known = max(tokenizer.get_vocab().values(), default=0), encoder.get_input_embeddings().num_embeddings
+    if highest >= known:
+        raise PcrExportError(
+            f"{folder} has the token {highest}, where the text encoder knows {known}: they are no pair, fetch the folder again"
+        )

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.lora_tensors import lora_fault
+from pcr_export.read_files import check_regular
 from pcr_export.recipe import Lora
 from pcr_export.stages import hash_file
 
@@ -53,6 +54,7 @@ def parse_lora(text: str) -> LoraFile:
         raise PcrExportError(
             f"--lora {text} is no safetensors file and is not read: convert it where you trust it, {CONVERSION} {lora.path} {new}"
         )
+    check_regular(lora.path)
     try:
         with safe_open(lora.path, "numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import check_regular, read_text
 
 INDEX = "model_index.json"
 WHAT_A_PIPELINE_IS = f"a pipeline folder holds {INDEX} beside unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
@@ -50,7 +51,7 @@ def _snapshot(repository: Path) -> Path:
     """The snapshot that refs/main names, or the only one."""
     snapshots = sorted(path.parent for path in (repository / "snapshots").glob(f"*/{INDEX}"))
     main = repository / "refs" / "main"
-    commit = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+    commit = read_text(main).strip() if main.exists() else ""
     found = [path for path in snapshots if path.name == commit] or snapshots
     if len(found) == 1:
         return found[0]
@@ -89,6 +90,7 @@ def what_a_file_is(path: Path) -> str:
             f"{path} is a pickled file, which is not read: where you trust it, "
             f"{_conversion('StableDiffusionPipeline', path)} (StableDiffusionXLPipeline for SDXL)"
         )
+    check_regular(path)
     try:
         with safe_open(path, "numpy") as file:
             names = list(file.keys())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pcr_export.errors import PcrExportError
+from pcr_export.recipe import MOST_PIXELS
 
 DIFFUSERS_UNIT = 8  # pixels: what every pipeline of diffusers asks for
 
@@ -32,3 +33,5 @@ def check_picture_size(height: int, width: int, unit: int) -> None:
         raise PcrExportError(
             f"a {height}x{width} picture can't be made: give a height and a width that are multiples of {unit}"
         )
+    if max(height, width) > MOST_PIXELS:
+        raise PcrExportError(f"a {height}x{width} picture can't be made: give at most {MOST_PIXELS} pixels a side")

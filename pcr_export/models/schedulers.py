@@ -11,7 +11,7 @@ import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import diffusers
 import numpy as np
@@ -19,10 +19,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from msgspec import Meta
 from torch import Tensor
 
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import read_json, read_model_index
+from pcr_export.models.catalog import read_model_index
+from pcr_export.read_files import check_schema, read_json
 from pcr_export.scheduler_setting import BY_NOISE_SCHEDULE, BY_SIGMA, INSTEAD, SchedulerSetting, parse_scheduler
 
 Scheduler = Any  # diffusers mixes its methods in where types don't see them
@@ -40,6 +42,32 @@ FAILURES = (  # what schedulers of diffusers raise where a setting or a number o
     ValueError,
 )
 
+Count = Annotated[int, Meta(ge=0, le=10**5)]
+
+
+class SchedulerConfig(TypedDict, total=False):
+    """The counts that set how much a scheduler computes or holds."""
+
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=10**5)]
+    trained_betas: Annotated[list[float], Meta(max_length=10**5)] | None
+    original_inference_steps: Count
+    steps_offset: Count
+    solver_order: Annotated[int, Meta(ge=1, le=10)]
+    predictor_order: Annotated[int, Meta(ge=1, le=10)]
+    corrector_order: Annotated[int, Meta(ge=0, le=10)]
+
+
+# of any key: what diffusers writes, of which each class takes what it knows
+SchedulerValue = (
+    bool
+    | Annotated[int, Meta(ge=-(2**31), le=2**31)]
+    | float
+    | str
+    | Annotated[list[float | str | list[float] | None], Meta(max_length=10**5)]
+    | dict[str, Any]
+    | None
+)
+
 
 def read_scheduler(folder: Path, asked: str | None = None) -> Scheduler:
     """The scheduler of a pipeline folder, or the one that was asked for with its noise schedule; no weights are read.
@@ -51,7 +79,7 @@ def read_scheduler(folder: Path, asked: str | None = None) -> Scheduler:
         PcrExportError: it can't be made, or it can't walk a Stable Diffusion pipeline to the same image each time.
     """
     index = read_model_index(folder)
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config = read_scheduler_config(folder / "scheduler" / "scheduler_config.json")
     pipeline_class: type = getattr(diffusers, index["_class_name"])
     named = index.get("scheduler")
     if not (isinstance(named, list) and len(named) == 2 and isinstance(named[1], str)):
@@ -63,6 +91,14 @@ def read_scheduler(folder: Path, asked: str | None = None) -> Scheduler:
         reason, instead = INSTEAD[name]
         raise PcrExportError(f"{folder} has a {name}, which {reason}: add --scheduler {instead}")
     return _as_sampled(_construct(name, config, {}), pipeline_class)
+
+
+def read_scheduler_config(path: Path) -> dict[str, Any]:
+    """The configuration of a scheduler of diffusers. Raises PcrExportError where it is damaged, or a count lies out of every range."""
+    config = read_json(path, SchedulerConfig, infinite=True)
+    for key, value in config.items():
+        check_schema(value, SchedulerValue, f"{path} ({key})")
+    return {key: value for key, value in config.items() if key != "_class_name" or _is_scheduler(value)}
 
 
 def make_scheduler(asked: str, config: Mapping[str, Any], name: str, pipeline_class: type) -> Scheduler:
@@ -151,6 +187,11 @@ def _class_of(name: str) -> Any:
             f"diffusers {diffusers.__version__} has no scheduler {name}: choose another with --scheduler"
         )
     return scheduler
+
+
+def _is_scheduler(name: object) -> bool:
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return isinstance(kind, type) and issubclass(kind, SchedulerMixin)
 
 
 def _construct(name: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> Scheduler:

@@ -14,7 +14,6 @@ from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import check_finished
-from pcr_export.models.catalog import read_json
 from pcr_export.models.content_hash import hash_content, seed_text
 from pcr_export.models.denoiser import Denoiser
 from pcr_export.models.hash_weights import hash_weights
@@ -26,6 +25,7 @@ from pcr_export.qdiffbench.html_report import write_html_report
 from pcr_export.qdiffbench.images import forget_images_of_another_key, generate_images, prompts_per_call
 from pcr_export.qdiffbench.painters import engine_call, paint_with
 from pcr_export.qdiffbench.scores import measure_scores, write_scores
+from pcr_export.read_files import read_json
 from pcr_export.recipe import Recipe, read_recipe
 from pcr_export.stages import Facts, Key, hash_file, key_hash
 from pcr_export.write_files import write_json

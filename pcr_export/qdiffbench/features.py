@@ -9,17 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import cached_file
 
 from pcr_export.errors import PcrExportError, first_line
-from pcr_export.models.catalog import read_json
+from pcr_export.models.clean_part import TOKENIZER_FILES, clean_part, read_tokenizer
 from pcr_export.models.fetch import quiet
+from pcr_export.read_files import read_json
 from pcr_export.stages import hash_file
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -36,6 +38,16 @@ class NetworkOutputs:
     features: Tensor  # [batch, num_features], of the Frechet and the kernel distance
     embeds: Tensor  # [batch, CLIP's width], of the CLIP score
     layers: tuple[Tensor, ...]  # of LPIPS: [batch, patches, channels] each, or the pixels, [batch, 3, height, width]
+
+
+WEIGHTS = "model.safetensors"
+
+
+class Preprocessing(TypedDict):
+    """What is read of a preprocessor_config.json."""
+
+    image_mean: Annotated[list[float], Meta(min_length=3, max_length=3)]
+    image_std: Annotated[list[float], Meta(min_length=3, max_length=3)]
 
 
 class Extractors(Protocol):
@@ -71,17 +83,11 @@ class Clip:
 
     def __init__(self, vision: str | Path, text: str | Path, tokenizer: str | Path, name: str) -> None:
         with quiet():
-            self._vision = CLIPVisionModelWithProjection.from_pretrained(
-                vision, dtype=torch.float32, use_safetensors=True
-            ).eval()
-            self._text = CLIPTextModelWithProjection.from_pretrained(
-                text, dtype=torch.float32, use_safetensors=True
-            ).eval()
-            self._tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
-            preprocessing = read_json(Path(str(cached_file(vision, "preprocessor_config.json"))))
-            self.sha256, self.text_sha256 = (
-                hash_file(Path(str(cached_file(tower, "model.safetensors")))) for tower in (vision, text)
-            )
+            self._vision = _read_tower(CLIPVisionModelWithProjection, CLIPVisionConfig, vision)
+            self._text = _read_tower(CLIPTextModelWithProjection, CLIPTextConfig, text)
+            self._tokenizer = read_tokenizer(_fetch_tokenizer(tokenizer))
+            preprocessing = read_json(_fetch(vision, "preprocessor_config.json"), Preprocessing)
+            self.sha256, self.text_sha256 = (hash_file(_fetch(tower, WEIGHTS)) for tower in (vision, text))
         self._mean, self._std = (
             torch.tensor(preprocessing[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std")
         )
@@ -120,6 +126,26 @@ class Clip:
         if side != size:
             pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         return (pixels - self._mean) / self._std
+
+
+def _read_tower(network_class: Any, kind: type, source: str | Path) -> Any:
+    """A side of a CLIP, float32, from its known settings and its weights alone."""
+    folder = _fetch(source, "config.json").parent
+    _fetch(source, WEIGHTS)
+    with clean_part(folder, kind, [WEIGHTS]) as clean:
+        return network_class.from_pretrained(clean, dtype=torch.float32, use_safetensors=True).eval()
+
+
+def _fetch(source: str | Path, name: str) -> Path:
+    """A file of a folder or of a repository of the hub. Raises OSError where there is none."""
+    return Path(str(cached_file(source, name)))
+
+
+def _fetch_tokenizer(source: str | Path) -> Path:
+    """The folder of a tokenizer, with those of its files that there are."""
+    found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in TOKENIZER_FILES]
+    folders = [Path(str(file)).parent for file in found if file is not None]
+    return folders[0] if folders else Path(source)
 
 
 class OwnClip:

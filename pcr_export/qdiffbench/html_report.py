@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from pcr_export.errors import PcrExportError
-from pcr_export.models.catalog import read_json
 from pcr_export.path_inside import path_inside
 from pcr_export.qdiffbench.image_pairs import PairGroup, choose_pairs
 from pcr_export.qdiffbench.metrics import METRICS, NOT_MEASURED, format_metric
 from pcr_export.qdiffbench.page import Chart, Section, Table, write_page
 from pcr_export.qdiffbench.report_figures import draw_bits, draw_error_by_step, draw_scales, draw_sensitivity
 from pcr_export.qdiffbench.scores import PerImage
+from pcr_export.read_files import read_json
 from pcr_export.relaxed_steps import format_steps
-from pcr_export.report import check_format, engine_memory, sampling_words, summary_rows
+from pcr_export.report import AGAIN, NO_REASON, engine_memory, read_facts, read_report, sampling_words, summary_rows
+from pcr_export.report_schema import Evaluation, Sensitivity
+from pcr_export.report_schema import PerImage as PerImageFacts
 from pcr_export.step_scales import StepScales, read_step_scales
 
 NAME = "report.html"
@@ -33,11 +35,10 @@ def write_html_report(folder: Path) -> Path:
     Raises:
         PcrExportError: a file is missing or damaged, or was written by another version.
     """
-    report = read_json(folder / "report.json")
+    report = read_report(folder)
     scales = read_step_scales(folder / "step_scales.safetensors")
     relaxed = [step for step, bits in enumerate(scales.bits.tolist()) if bits > 8]
     with reading(folder / "report.json"):
-        check_format(folder / "report.json", report["format"])
         recipe = report["recipe"]
         title = f"{report['model']}: quantized to {recipe['weight_bits']}-bit weights, {recipe['activation_bits']}-bit activations"
         summary = _summary(report, recipe, scales, relaxed)
@@ -91,9 +92,8 @@ def _quality_sections(folder: Path, report: Facts) -> list[Section]:
     path = folder / "evaluation.json"
     if not path.exists():
         return _validation_sections(folder, report)
-    evaluation = read_json(path)
+    evaluation = read_facts(path, Evaluation)
     with reading(path):
-        check_format(path, evaluation["format"])
         domains = evaluation["domains"]
         names = [domain["name"] for domain in domains]
         scores = [domain["scores"] for domain in domains]
@@ -133,7 +133,7 @@ def _evaluated_pairs(folder: Path, domain: Facts, title: str) -> PairGroup | Non
 
 def read_pairs(title: str, reference: Path, quantized: Path, per_image: Path) -> PairGroup:
     """The worst, median and best pairs of two folders by the figures in `per_image`. Raises PcrExportError where that is damaged."""
-    facts = read_json(per_image)
+    facts = read_json(per_image, PerImageFacts, advice=AGAIN)
     with reading(per_image):
         return PairGroup(title=title, pairs=choose_pairs(reference, quantized, PerImage(**facts)))
 
@@ -222,7 +222,7 @@ def _asked(fidelity: Facts, recipe: Facts) -> list[float]:
 
 
 def _sensitivity_chart(path: Path, relaxed: Sequence[int]) -> Chart:
-    sensitivity = read_json(path)
+    sensitivity = read_json(path, Sensitivity, advice=AGAIN)
     with reading(path):
         gains = [float(row["gain"]) for row in sensitivity["steps"]]
         best = max(range(len(gains)), key=gains.__getitem__)
@@ -247,7 +247,7 @@ def _bits_section(report: Facts, recipe: Facts, scales: StepScales, relaxed: Seq
     for layer in layers:
         by_width[layer["bits"]].append(layer)
         if not layer["quantized"]:
-            reasons[layer["reason"]].append(layer["name"])
+            reasons[layer["reason"] or NO_REASON].append(layer["name"])
     widths = [
         (
             width,

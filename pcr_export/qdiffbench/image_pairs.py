@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pcr_export.errors import PcrExportError
-from pcr_export.qdiffbench.images import image_path
+from pcr_export.qdiffbench.images import image_path, read_image
 from pcr_export.qdiffbench.scores import PerImage
 
 PAIRS_OF_A_KIND = 3
@@ -91,17 +90,9 @@ def _kinds(order: Sequence[int], count: int) -> list[tuple[str, Sequence[int]]]:
 
 def _data_uri(path: Path) -> tuple[str, int]:
     """The image for a page, and its width there in pixels."""
-    with _open(path) as image:
+    with read_image(path, advice="delete it and evaluate again") as image:
         if max(image.size) > LARGEST_SIDE:
             image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
         file = io.BytesIO()
         image.save(file, format="PNG")
         return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), image.width
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise PcrExportError(f"image {path} can't be read ({error}): delete it and evaluate again") from error

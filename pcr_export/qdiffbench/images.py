@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,10 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, first_line
 from pcr_export.progress import Track, silent
+from pcr_export.read_files import read_bytes, read_text
 from pcr_export.write_files import new_file, write_text
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MOST_BYTES = 2**28  # of an image's file
+MOST_PIXELS = 2**27  # of an image
 PIXELS_PER_CALL = 2**17  # prompts of one call, times height and width
 
 
@@ -60,7 +66,7 @@ def generate_images(
 def has_images_of(folder: Path, key: str) -> bool:
     """Whether the images of a folder, all or some, were made under this key."""
     mark = folder / ".key"
-    return bool(key) and mark.is_file() and mark.read_text() == key
+    return bool(key) and mark.exists() and read_text(mark, advice="delete it") == key
 
 
 def forget_images_of_another_key(folder: Path, key: str) -> None:
@@ -89,18 +95,33 @@ def write_png(image: np.ndarray, path: Path) -> None:
         Image.fromarray(image).save(file, format="PNG")
 
 
+def read_image(path: Path, *, advice: str) -> Image.Image:
+    """An image in RGB, of one of a few formats: some of Pillow's start other programs.
+
+    Raises:
+        PcrExportError: it is missing or damaged, or has too many pixels or bytes.
+    """
+    data = read_bytes(path, most=MOST_BYTES, advice=advice)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's of many pixels, which are counted below
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height <= MOST_PIXELS:
+                    return image.convert("RGB")
+                size = f"{image.width} x {image.height}"
+    except Exception as error:  # whatever a damaged file makes of Pillow
+        raise PcrExportError(f"image {path} can't be read ({first_line(error)}): {advice}") from error
+    raise PcrExportError(f"image {path} has {size} pixels, {MOST_PIXELS} are read at most: {advice}")
+
+
 def read_images(folder: Path, start: int, stop: int) -> Tensor:
     """Images start..stop-1 of a folder, uint8 [batch, 3, height, width].
 
     Raises PcrExportError where one is missing or damaged.
     """
-    arrays = []
-    for index in range(start, stop):
-        try:
-            with Image.open(image_path(folder, index)) as image:
-                arrays.append(np.asarray(image.convert("RGB")))
-        except OSError as error:
-            raise PcrExportError(
-                f"image {image_path(folder, index)} can't be read ({error}): delete it and run again"
-            ) from error
+    paths = [image_path(folder, index) for index in range(start, stop)]
+    arrays = [np.asarray(read_image(path, advice="delete it and run again")) for path in paths]
+    for path, array in zip(paths, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            raise PcrExportError(f"image {path} has another size than {paths[0]}: delete both and run again")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)

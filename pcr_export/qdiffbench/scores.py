@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from pcr_export.errors import PcrExportError
 from pcr_export.progress import Track, silent
 from pcr_export.qdiffbench.features import Extractors
-from pcr_export.qdiffbench.images import read_images
+from pcr_export.qdiffbench.images import read_image, read_images
 from pcr_export.qdiffbench.workers import ONE_PROCESS, Part, Workers, compute_parts, torch_threads, worker_processes
 from pcr_export.write_files import new_folder, write_json
 
@@ -148,11 +147,7 @@ def _read_real_images(paths: Sequence[Path], batch: int | None) -> Iterator[Part
     """All images in the order of their names, as ExtractFeatures takes them: neighbours of one size together."""
     arrays: list[np.ndarray] = []
     for index, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                array = np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise PcrExportError(f"real image {path} can't be read ({error}): delete or replace it") from error
+        array = np.asarray(read_image(path, advice="delete or replace it"))
         full = arrays and len(arrays) == (batch or _images_per_batch(*arrays[0].shape[:2]))
         if arrays and (full or arrays[0].shape != array.shape):
             yield _real_part(arrays, index)

@@ -74,8 +74,8 @@ UNETS = [
     ("xl", {"cross_attention_dim": 16}, "reads texts 16 wide, the text encoders give 32"),
     ("xl", {"projection_class_embeddings_input_dim": 100}, "is 100, where 6 times .* make 80"),
     ("xl", {"addition_time_embed_dim": None}, "make 32"),
-    ("sd", {"block_out_channels": 3}, r"\(unet, vae or tokenizer\) is not understood"),
-    ("sd", {"cross_attention_dim": "wide"}, r"\(unet, vae or tokenizer\) is not understood"),
+    ("sd", {"block_out_channels": 3}, r"unet/config.json is damaged \(Expected `array`, got `int`"),
+    ("sd", {"cross_attention_dim": "wide"}, r"unet/config.json is damaged \(Expected `int \| array`, got `str`"),
     ("sd", {"sample_size": None}, "tells no picture size .*: give --height and --width"),
 ]
 
