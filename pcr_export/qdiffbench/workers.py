@@ -20,7 +20,7 @@ SHOWN_LETTERS = 200  # of Ray's reason for a worker's death
 CONNECT_SECONDS = 5.0
 OBJECT_STORE_BYTES = 2**28  # of a cluster of our own: a few parts' pixels on their way
 _START_RAY = "start one with ray start --head, or leave out --address to use this machine alone"
-ASK_FOR_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as the cluster has them"
+TOKEN_OF_ONE = "one that has a token asks for RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +128,7 @@ def _start_ray(ray: Any, workers: Workers, stack: ExitStack) -> None:
     try:
         context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, namespace="pcr-export")
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        refused = any(isinstance(each, ray.exceptions.AuthenticationError) for each in (error, error.__cause__))
-        advice = ASK_FOR_TOKEN if refused else _START_RAY
+        advice = "use --workers 1" if workers.address is None else f"{_START_RAY}; {TOKEN_OF_ONE}"
         raise PcrExportError(f"Ray can't be started or joined ({first_line(error)}): {advice}") from error
     if workers.address is None:
         check_loopback(ray, context)

@@ -17,9 +17,9 @@ from pcr_export.qdiffbench.workers import Workers, ray_cluster
 SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 THEIR_TOKEN = "a-token-of-at-least-32-characters-0123"
 THEIR_CLUSTER = """
-import ray
+import ray, sys
 print(ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False).address_info["address"], flush=True)
-input()
+sys.stdin.read()
 """
 JOIN = """
 import sys
@@ -77,7 +77,7 @@ def test_their_cluster_without_their_token(their_cluster, settings):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     (line,) = done.stdout.splitlines()
     assert line.startswith("Ray can't be started or joined (")
-    assert line.endswith("set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as the cluster has them")
+    assert line.endswith("one that has a token asks for RAY_AUTH_MODE=token and RAY_AUTH_TOKEN")
 
 
 def test_a_long_name_of_the_temporary_folder_is_too_long_for_a_socket(monkeypatch, tmp_path):
