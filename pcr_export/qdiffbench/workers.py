@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from pcr_export.errors import PcrExportError
+from pcr_export.errors import PcrExportError, first_line
+from pcr_export.qdiffbench.own_ray import check_loopback, own_ray
 from pcr_export.stop_signals import keep_handlers, quiet_stderr
 
 RETRIES_PER_PART = 3  # workers that may die over one part
@@ -20,6 +21,7 @@ SHOWN_LETTERS = 200  # of Ray's reason for a worker's death
 CONNECT_SECONDS = 5.0
 OBJECT_STORE_BYTES = 2**28  # of a cluster of our own: a few parts' pixels on their way
 _START_RAY = "start one with ray start --head, or leave out --address to use this machine alone"
+TOKEN_OF_ONE = "one that has a token asks for RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,32 +98,16 @@ def worker_processes(workers: Workers) -> AbstractContextManager[None]:
 
 @contextmanager
 def ray_cluster(workers: Workers) -> Iterator[None]:
-    """Ray inside: the cluster at `workers.address`, or processes of this machine. One that is running already is used and left running.
+    """Ray inside: the cluster at `workers.address`, or processes of this machine that no other can reach.
+
+    One that is running already is used and left running.
 
     Raises PcrExportError where Ray is missing, the cluster can't be reached, or it has fewer CPUs than the workers have threads.
     """
-    ray, address, needed = _import_ray(), workers.address, workers.count * workers.threads
-    ours = not ray.is_initialized()
-    if ours:
-        if address is not None:
-            _check_address(address)
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "pcr-export"}
-        try:
-            with keep_handlers():  # with Ray's own, SIGTERM aborts the process
-                if address is None:
-                    ray.init(
-                        "local",
-                        num_cpus=needed,
-                        object_store_memory=OBJECT_STORE_BYTES,
-                        include_dashboard=False,
-                        **quiet,
-                    )
-                else:
-                    ray.init(address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise PcrExportError(f"Ray can't be started or joined ({reason}): {_START_RAY}") from error
-    try:
+    ray, needed = _import_ray(), workers.count * workers.threads
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            _start_ray(ray, workers, stack)
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus < needed:
             raise PcrExportError(
@@ -129,10 +115,30 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
                 f"use --workers {max(1, cpus // workers.threads)}"
             )
         yield
-    finally:
-        if ours:
-            with quiet_stderr():  # Ray tells of tasks that end with it
-                ray.shutdown()
+
+
+def _start_ray(ray: Any, workers: Workers, stack: ExitStack) -> None:
+    """Start or join Ray; `stack` ends or leaves it. Raises PcrExportError where that fails."""
+    if workers.address is not None:
+        _check_address(workers.address)
+        options: dict[str, Any] = {"address": workers.address}  # with the token of the user's own settings
+    else:
+        cpus = {"num_cpus": workers.count * workers.threads, "object_store_memory": OBJECT_STORE_BYTES}
+        options = {"address": "local", **cpus, **stack.enter_context(own_ray(ray))}
+    stack.callback(_shut_down, ray)
+    try:
+        with keep_handlers():  # with Ray's own, SIGTERM aborts the process
+            context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, namespace="pcr-export")
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        advice = "use --workers 1" if workers.address is None else f"{_START_RAY}; {TOKEN_OF_ONE}"
+        raise PcrExportError(f"Ray can't be started or joined ({first_line(error)}): {advice}") from error
+    if workers.address is None:
+        check_loopback(ray, context)
+
+
+def _shut_down(ray: Any) -> None:
+    with quiet_stderr():  # Ray tells of tasks that end with it
+        ray.shutdown()
 
 
 def _check_address(address: str) -> None:

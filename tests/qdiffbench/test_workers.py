@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from qdiffbench.process_tree import descendants
+from qdiffbench.process_tree import descendants, listeners
 
 from pcr_export.errors import PcrExportError
 from pcr_export.prompts import prompt_seeds
@@ -139,6 +140,50 @@ def test_what_a_worker_refuses_is_told_as_it_is(cluster, tmp_path):
 def test_more_workers_than_a_cluster_has_room_for(cluster, tmp_path):
     with pytest.raises(PcrExportError, match="has 2 CPUs, 3 workers of 1 threads need 3: use --workers 2"):
         paint(Deadly(), tmp_path / "images", workers=Workers(count=3))
+
+
+STRANGER = """
+import sys, ray
+ray.init(sys.argv[1])
+print("JOINED", ray.cluster_resources())
+"""
+
+
+def test_a_stranger_of_the_same_machine_cannot_join(cluster):
+    """Not even one who has the token that Ray keeps for a user."""
+    import ray
+
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    stranger = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or Ray looks elsewhere than on loopback
+        "RAY_NUM_REDIS_GET_RETRIES": "1",  # it gives up sooner
+    }
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", STRANGER, address]
+    done = subprocess.run(command, env={**others, **stranger}, capture_output=True, text=True, timeout=60)
+    assert "JOINED" not in done.stdout
+    assert "uthentication" in done.stderr  # it was heard, and refused
+
+
+def test_a_cluster_of_our_own_listens_on_loopback_alone(cluster):
+    found = listeners([os.getpid(), *descendants(os.getpid())])
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, and the same as IPv6 writes it
+    assert found
+
+
+def test_the_token_is_told_to_nobody(cluster):
+    import ray
+
+    token = os.environ["RAY_AUTH_TOKEN"].encode()
+    lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(os.getpid())]
+    assert lines
+    assert not any(token in line for line in lines)
+    home = Path(ray._private.worker._global_node.get_session_dir_path()).parents[1]
+    assert home.stat().st_mode & 0o777 == 0o700
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert files
+    assert not any(token in path.read_bytes() for path in files)
 
 
 @pytest.mark.parametrize(("changed", "flag"), [({"count": 0}, "--workers"), ({"threads": 0}, "--threads")])
