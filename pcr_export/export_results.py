@@ -47,7 +47,8 @@ def after_forgetting_report(folder: Path, action: Callable[[], Facts]) -> Callab
 
 def publish(path: Path, text: str) -> None:
     """Write a file at the top of an export, whose manifest goes first where the file was another."""
-    if not path.is_file() or path.read_bytes() != text.encode():
+    data = text.encode()
+    if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
         forget_report(path.parent)
         write_text(path, text)
 

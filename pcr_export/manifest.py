@@ -13,6 +13,7 @@ from typing import Any
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import last_command
 from pcr_export.path_inside import is_name_inside
+from pcr_export.read_files import parse_json, read_text
 from pcr_export.stages import hash_file
 from pcr_export.write_files import write_text
 
@@ -135,11 +136,11 @@ def read_manifest(folder: Path) -> Manifest:
         PcrExportError: there is none, as long as an export has not ended, a byte is not as it was written, or it names a file outside.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not path.exists():
         raise PcrExportError(_why_there_is_none(folder))
     try:
-        text = path.read_text("utf-8")
-        content = json.loads(text)
+        text = read_text(path, advice=_copy_again(folder))
+        content = parse_json(text)
         if content["format"] != FORMAT:
             raise PcrExportError(f"{path} has format {content['format']}, this version reads {FORMAT}: export again")
         image = content["image"]
@@ -148,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
             image=None if image is None else StoredImage(**image),
         )
         damaged = text != manifest_text(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PcrExportError(f"{path} is damaged ({type(error).__name__}): {_copy_again(folder)}") from error
     if damaged:
         raise PcrExportError(f"{path} is not as it was written: {_copy_again(folder)}")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pcr_export.errors import PcrExportError
+from pcr_export.read_files import read_text
 from pcr_export.write_files import write_json
 
 Key = Mapping[str, str]  # what a stage depends on: part -> its hash or value
@@ -72,8 +74,8 @@ class Stages:
 def _read_stamp(path: Path) -> dict[str, Any] | None:
     """The stamp, or None where there is none or none that can be trusted."""
     try:
-        stamp = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        stamp = json.loads(read_text(path))  # whatever numbers a stage tells
+    except (PcrExportError, ValueError, RecursionError):
         return None
     parts = ("key", "facts", "outputs")
     well_formed = isinstance(stamp, dict) and all(isinstance(stamp.get(part), dict) for part in parts)

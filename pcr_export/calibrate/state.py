@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pcr_export.calibrate.ranges import Quantizer
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import check_regular
 from pcr_export.write_files import write_bytes
 
 
@@ -63,6 +64,8 @@ class CalibrationState:
         return self._folder / f"call_{index:05d}.safetensors"
 
     def _read_record(self, path: Path) -> CallRecord | None:
+        advice = "delete that file to go on from the step before it, or start anew with --no-resume"
+        check_regular(path, advice=advice)
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -74,8 +77,5 @@ class CalibrationState:
                 outputs = [file.get_tensor(f"output.{i}") for i in range(count)]
                 quantizers = {site: Quantizer(s, z) for site, s, z in zip(sites, scale, zero_point, strict=True)}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise PcrExportError(
-                f"the calibration state {path} is damaged ({error}): delete that file to go on from the step before it, "
-                "or start anew with --no-resume"
-            ) from error
+            raise PcrExportError(f"the calibration state {path} is damaged ({error}): {advice}") from error
         return CallRecord(outputs, quantizers)

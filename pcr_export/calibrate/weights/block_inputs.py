@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pcr_export.errors import PcrExportError
 from pcr_export.models.denoiser import Denoiser, Inputs, noisy_input
+from pcr_export.read_files import check_regular
 from pcr_export.sites import Layer
 from pcr_export.write_files import write_bytes
 
@@ -195,6 +196,7 @@ def read_block_call(folder: Path, block: str) -> BlockCall:
     tensors: dict[str, list[Tensor]] = {}
     plain: dict[str, Any] = {}
     for path in sorted(folder.glob("call_*.safetensors")):
+        check_regular(path, advice="delete it and run again")
         try:
             with safe_open(path, "pt") as file:
                 plain = json.loads((file.metadata() or {})["plain"])[block]

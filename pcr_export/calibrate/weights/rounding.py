@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from pcr_export.calibrate.weights.nearest import quantize_weight
 from pcr_export.errors import PcrExportError
+from pcr_export.read_files import check_regular
 from pcr_export.write_files import write_bytes
 
 # (layer, its float weight [out_channels, ...]) -> (int8 of the weight's shape, scale float32 [out_channels])
@@ -80,6 +81,7 @@ def write_rounded(rounded: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Pa
 
 
 def _reading(path: Path) -> safe_open:
+    check_regular(path, advice="delete that file and run again")
     try:
         return safe_open(path, "numpy")
     except (SafetensorError, OSError) as error:
