@@ -26,7 +26,8 @@ MESSAGES: Mapping[str, Mapping[str, str]] = {
     "Input": {"name": "string", "data_type": "DataType", "dims": "int64*", "optional": "bool"},
     "Output": {"name": "string", "data_type": "DataType", "dims": "int64*"},
     "InstanceGroup": {"count": "int64", "kind": "Kind"},
-    "Batching": {},
+    "QueuePolicy": {"max_queue_size": "uint32"},
+    "Batching": {"default_queue_policy": "QueuePolicy"},
     "Filename": {"key": "string", "value": "string"},
     "Value": {"string_value": "string"},
     "Parameter": {"key": "string", "value": "Value"},
@@ -65,6 +66,7 @@ class ModelConfig:
         optional: the inputs that a request may leave out.
         cpu: whether it runs on the CPU whatever GPUs there are; otherwise Triton chooses.
         dynamic_batching: whether waiting requests are handed over together.
+        max_queue_size: requests that may wait, and one more is refused; 0: any number. With dynamic batching only, as Triton has it.
         plans: compute capability, such as "8.9" -> file in the version's folder.
         parameters: what the python backend hands to the model, text by name.
     """
@@ -77,6 +79,7 @@ class ModelConfig:
     optional: frozenset[str] = frozenset()
     cpu: bool = False
     dynamic_batching: bool = False
+    max_queue_size: int = 0
     plans: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, str] = field(default_factory=dict)
 
@@ -119,6 +122,8 @@ def write_config(path: Path, config: ModelConfig, note: str = "") -> None:
         message.instance_group.add(count=1, kind="KIND_CPU")
     if config.dynamic_batching:
         message.dynamic_batching.SetInParent()
+        if config.max_queue_size:
+            message.dynamic_batching.default_queue_policy.max_queue_size = config.max_queue_size
     for key, file in sorted(config.plans.items()):
         message.cc_model_filenames.add(key=key, value=file)
     for key, text in config.parameters.items():
@@ -147,6 +152,7 @@ def read_config(path: Path) -> ModelConfig:
         optional=frozenset(value.name for value in message.input if value.optional),
         cpu=any(KINDS[group.kind] == "KIND_CPU" for group in message.instance_group),
         dynamic_batching=message.HasField("dynamic_batching"),
+        max_queue_size=message.dynamic_batching.default_queue_policy.max_queue_size,
         plans={entry.key: entry.value for entry in message.cc_model_filenames},
         parameters={entry.key: entry.value.string_value for entry in message.parameters},
     )
@@ -155,7 +161,7 @@ def read_config(path: Path) -> ModelConfig:
 def differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
     """Where `found` does not describe the model that `expected` was made from, in words.
 
-    Instances, batching, parameters and the batch of a batched model are the user's to change.
+    Instances, batching, the queue, parameters and the batch of a batched model are the user's to change.
     """
     words = []
     for part, was, wanted in (
@@ -201,6 +207,7 @@ def _messages() -> Mapping[str, Any]:
     scalar = {
         "string": descriptor_pb2.FieldDescriptorProto.TYPE_STRING,
         "int64": descriptor_pb2.FieldDescriptorProto.TYPE_INT64,
+        "uint32": descriptor_pb2.FieldDescriptorProto.TYPE_UINT32,
         "bool": descriptor_pb2.FieldDescriptorProto.TYPE_BOOL,
     }
     for message, fields in MESSAGES.items():

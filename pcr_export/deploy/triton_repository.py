@@ -27,11 +27,13 @@ NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder")
 PIPELINE = "pipeline"
 PIPELINE_CODE = Path(__file__).with_name("triton_pipeline") / "model.py"
 MAX_BATCH = 8  # images of one walk; waiting requests are joined up to it
+MAX_QUEUE = 256  # requests that wait, 32 walks of MAX_BATCH: whoever came later would wait for minutes, and its inputs fill the memory
 
 PIPELINE_NOTE = """\
 PROMPT -> IMAGES (uint8, height x width x 3); all inputs but PROMPT may be left out.
 parameters: networks, "own" to run them in this model or "triton" to call the models beside it; threads, of each own network;
-engine, such as sm89, for the UNet's engine in place of onnxruntime (then set max_batch_size to the --batch of its build)."""
+engine, such as sm89, for the UNet's engine in place of onnxruntime (then set max_batch_size to the --batch of its build).
+max_queue_size: requests that may wait; one more is refused at once."""
 
 
 def write_triton_repository(folder: Path) -> None:
@@ -110,6 +112,7 @@ def expected_configs(folder: Path) -> Iterator[ModelConfig]:
         optional=frozenset({"NEGATIVE_PROMPT", "SEED", "STEPS", "GUIDANCE_SCALE"}),
         cpu=True,
         dynamic_batching=True,
+        max_queue_size=MAX_QUEUE,
         parameters={"networks": "own", "threads": "", "engine": ""},
     )
 

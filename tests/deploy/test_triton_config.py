@@ -62,6 +62,7 @@ def test_what_is_written_is_read(config: ModelConfig, tmp_path: Path, backend: s
         optional=frozenset({"timestep"}),
         cpu=True,
         dynamic_batching=True,
+        max_queue_size=7,
         plans={"8.9": "sm89.plan"},
         parameters={"threads": "2"},
     )
@@ -74,6 +75,17 @@ def test_what_a_user_adds_is_passed_over(config: ModelConfig, tmp_path: Path) ->
     write_config(path, config)
     path.write_text(path.read_text("utf-8") + "version_policy { latest { num_versions: 1 } }\n", "utf-8")
     assert read_config(path) == config
+
+
+def test_the_queue_is_bounded_in_tritons_words_and_the_users_to_change(config: ModelConfig, tmp_path: Path) -> None:
+    path, batched = tmp_path / "config.pbtxt", replace(config, dynamic_batching=True, max_queue_size=7)
+    write_config(path, batched)
+    text = path.read_text("utf-8")
+    assert "dynamic_batching {\n  default_queue_policy {\n    max_queue_size: 7\n  }\n}\n" in text
+    timed = "max_queue_size: 9 timeout_action: DELAY default_timeout_microseconds: 5"
+    path.write_text(text.replace("max_queue_size: 7", timed), "utf-8")
+    assert read_config(path) == replace(batched, max_queue_size=9)
+    assert differences(read_config(path), batched) == []
 
 
 def test_every_difference_is_named(config: ModelConfig) -> None:
@@ -90,7 +102,16 @@ def test_every_difference_is_named(config: ModelConfig) -> None:
     assert differences(config, config) == []
 
 
-@pytest.mark.parametrize("text", ["name: ", "input { dims: -1 ", "input { data_type: TYPE_FP33 }", "name: 3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: ",
+        "input { dims: -1 ",
+        "input { data_type: TYPE_FP33 }",
+        "name: 3",
+        "dynamic_batching { default_queue_policy { max_queue_size: -1 } }",
+    ],
+)
 def test_text_that_triton_would_not_read(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.pbtxt").write_text(text, "utf-8")
     with pytest.raises(PcrExportError, match=r"is no config\.pbtxt .*: export again"):

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from deploy.conftest import ExportedFolder
 
+from pcr_export.deploy.triton_config import read_config
 from pcr_export.deploy.triton_repository import check_triton_repository, write_triton_repository
 from pcr_export.errors import PcrExportError
 
@@ -94,5 +95,7 @@ def test_other_code_is_refused(folder: Path) -> None:
 
 def test_what_is_the_users_may_be_changed(folder: Path) -> None:
     path = folder / "triton" / "pipeline" / "config.pbtxt"
-    path.write_text(path.read_text("utf-8").replace("max_batch_size: 8", "max_batch_size: 2"), "utf-8")
+    text = path.read_text("utf-8").replace("max_batch_size: 8", "max_batch_size: 2")
+    path.write_text(text.replace("max_queue_size: 256", "max_queue_size: 9"), "utf-8")
+    assert read_config(path).max_queue_size == 9
     check_triton_repository(folder)

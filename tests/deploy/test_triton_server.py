@@ -79,6 +79,8 @@ def test_server_reads_the_config_as_we_do(server: LocalTriton, folder: Path) -> 
     assert {value["name"]: (value["data_type"], tuple(value["dims"])) for value in answer["input"]} == ours.inputs
     assert {value["name"]: (value["data_type"], tuple(value["dims"])) for value in answer["output"]} == ours.outputs
     assert {value["name"] for value in answer["input"] if value["optional"]} == ours.optional
+    policy = answer["dynamic_batching"]["default_queue_policy"]
+    assert policy["max_queue_size"] == ours.max_queue_size > CLIENTS
     assert (answer["backend"], answer["max_batch_size"]) == (ours.backend, ours.max_batch_size)
 
 
@@ -154,6 +156,9 @@ def test_two_hundred_clients_at_once_and_a_malformed_one_among_them(server: Loca
         ({"inputs": [{"name": "PROMPT", "datatype": "BYTES", "shape": [1, 2], "data": ["a", "b"]}]}, "shape"),
         (pipeline_request(["x" * 10_000_000]), "PROMPT has 10000000 bytes"),
         (pipeline_request(["a"], guidance_scale=[1e9]), "GUIDANCE_SCALE is"),
+        (pipeline_request(["a"], seed=[-1]), "SEED is -1: give 0 to 9223372036854775807"),
+        (pipeline_request(["a", "b"], seed=[1]), "batch size does not match"),
+        (pipeline_request([]), "expected"),
         (pipeline_request(["a"] * 9), "batch-size must be <= 8"),
     ],
 )
@@ -161,6 +166,40 @@ def test_malformed_requests_leave_the_server_well(server: LocalTriton, change: d
     with pytest.raises(TritonError, match=match):
         server.request("POST", "/v2/models/pipeline/infer", change)
     assert paint_one(server, "a star", 0).shape == (16, 16, 3)
+
+
+def test_a_bad_seed_fails_nobody_who_is_painted_with_it(server: LocalTriton) -> None:
+    """The first request keeps the model busy, so that the others are handed over together."""
+
+    def client(seed: int) -> object:
+        try:
+            return server.paint("a star", seed=[seed], steps=[50 if seed == 0 else 1]).shape
+        except TritonError as error:
+            return str(error)
+
+    seeds = [0, 1, -1, 2, 3, -1, 4, 5]
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        answers = list(pool.map(client, seeds))
+    bad = "SEED is -1: give 0 to 9223372036854775807"
+    assert answers == [bad if seed < 0 else (1, 16, 16, 3) for seed in seeds]
+
+
+def test_who_comes_to_a_full_queue_is_told_so_at_once(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "exported", symlinks=True))
+    path = copied / "triton" / "pipeline" / "config.pbtxt"
+    write_config(path, replace(read_config(path), max_batch_size=1, max_queue_size=2))
+
+    def client(seed: int) -> object:
+        try:
+            return server.paint("a star", seed=[seed], steps=[100]).shape
+        except TritonError as error:
+            return str(error)
+
+    with start(copied) as server, ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(client, range(12)))
+    refused = [answer for answer in answers if isinstance(answer, str)]
+    assert 0 < len(refused) <= 9  # one is painted and two wait when the last comes
+    assert all("xceeds maximum queue size" in answer for answer in refused)
 
 
 CANCEL = """

@@ -14,7 +14,6 @@ import triton_python_backend_utils as pb_utils
 
 # Triton's Python stub knows neither PYTHONPATH nor a virtual environment: this names the folders to add, behind its own.
 SITE_PACKAGES = "PCR_EXPORT_SITE_PACKAGES"
-INPUTS = ("PROMPT", "NEGATIVE_PROMPT", "SEED", "STEPS", "GUIDANCE_SCALE")
 
 
 class TritonPythonModel:
@@ -25,24 +24,24 @@ class TritonPythonModel:
         sys.path += filter(None, os.environ.get(SITE_PACKAGES, "").split(os.pathsep))
         from pcr_export.deploy.triton_requests import load_served_model
 
-        given = json.loads(args["model_config"])["parameters"]
-        parameters = {name: value["string_value"] for name, value in given.items()}
+        given = json.loads(args["model_config"]).get("parameters", {})
+        parameters = {name: value.get("string_value", "") for name, value in given.items()}
         folder = Path(args["model_repository"]).parents[1]
         self.model = load_served_model(folder, parameters, _call_model)
         threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """A response for every request; an error goes to the client that it belongs to."""
-        from pcr_export.deploy.triton_requests import paint_requests, read_pictures
-        from pcr_export.errors import PcrExportError
+        from pcr_export.deploy.triton_requests import error_of, paint_requests, read_pictures
 
         responses: dict[int, Any] = {}
         asked = {}
         for i, request in enumerate(requests):
             try:
                 asked[i] = read_pictures(_arrays(request), self.model)
-            except PcrExportError as error:
-                responses[i] = _error(error, pb_utils.TritonError.INVALID_ARG)
+            except Exception as error:  # one that leaves `execute` would fail every client
+                told = error_of(error, "the request can't be read")
+                responses[i] = _error(told, pb_utils.TritonError.INVALID_ARG)
         owners = list(asked)
         results = paint_requests(self.model, list(asked.values()), lambda i: requests[owners[i]].is_cancelled())
         for i, result in zip(owners, results, strict=True):
@@ -74,6 +73,8 @@ def _call_model(name: str, inputs: dict[str, Any], outputs: list[str]) -> dict[s
 
 
 def _arrays(request: Any) -> dict[str, Any]:
+    from pcr_export.deploy.triton_requests import INPUTS
+
     tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in INPUTS}
     return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
 
