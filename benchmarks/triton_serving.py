@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pcr_export.deploy.run import generate
-from pcr_export.deploy.triton_repository import check_triton_repository
+from pcr_export.deploy.triton_repository import MAX_QUEUE, check_triton_repository
 from pcr_export.recipe import read_recipe
 from pcr_export.write_files import write_json
 
@@ -32,7 +32,7 @@ CHECKED = 8  # images compared with those of `generate`
 
 def main(
     folder: Annotated[Path, typer.Argument(help="an exported folder")],
-    clients: Annotated[int, typer.Option(help="that send one request each, at once")] = 200,
+    clients: Annotated[int, typer.Option(min=1, max=MAX_QUEUE, help="that send one request each, at once")] = 200,
     alone: Annotated[int, typer.Option(help="requests of the single client")] = 40,
     json_file: Annotated[Path | None, typer.Option("--json", help="where to write the figures")] = None,
 ) -> None:
