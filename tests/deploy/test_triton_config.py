@@ -125,7 +125,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_models_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(PcrExportError, match="does not exist: export the model first"):
+    with pytest.raises(PcrExportError, match="is missing: export the model again"):
         triton_ports(tmp_path / "model.onnx")
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(PcrExportError, match="is no ONNX file"):
