@@ -63,11 +63,11 @@ class Command(TyperCommand):
             line, code = explain(error)
             raise PcrExportError(line, exit_code=code) from error
         except BaseException as error:
-            code = exit_code(error)
-            if code is None:
+            stopped = exit_code(error)
+            if stopped is None:
                 raise
             print_stopped(self.stopped if ctx.params.get("resume", True) else STOPPED)
-            raise typer.Exit(code) from error
+            raise typer.Exit(stopped) from error
 
 
 class ResumingCommand(Command):
