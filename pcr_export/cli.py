@@ -243,7 +243,7 @@ def evaluate(
         seed=seed,
         workers=Workers(count=workers, threads=threads, address=address),
         resume=resume,
-        command=_command_line(),
+        command=shlex.join(["pcr-export", *sys.argv[1:]]),
         track=track,
         log=say if verbose else lambda _line: None,
     )
@@ -298,7 +298,7 @@ def study(
         workers=Workers(count=workers, threads=threads, address=address),
         inception=inception,
         clip=clip,
-        command=_command_line(),
+        command=shlex.join(["pcr-export", *sys.argv[1:]]),
     )
     content = run_study(request, track=track, log=say if verbose else lambda _line: None)
     print_rows(table_rows(content), str(request.folder))
@@ -306,11 +306,6 @@ def study(
 
 app.command(cls=Command)(cli_folder.inspect)
 app.command(cls=Command)(cli_folder.verify)
-
-
-def _command_line() -> str:
-    """What was typed, for the record; it can be encoded, whatever bytes a file's name has."""
-    return shlex.join(["pcr-export", *sys.argv[1:]]).encode("utf-8", "backslashreplace").decode()
 
 
 def main() -> None:

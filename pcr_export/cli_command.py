@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import typer
@@ -55,6 +55,7 @@ class Command(TyperCommand):
         """Run the command."""
         Command.verbose = bool(ctx.params.get("verbose"))
         try:
+            _check_texts(ctx.params.values())
             with working():
                 return super().invoke(ctx)
         except (BrokenPipeError, EOFError) as error:  # of which typer says nothing, wherever they come from
@@ -63,11 +64,19 @@ class Command(TyperCommand):
             line, code = explain(error)
             raise PcrExportError(line, exit_code=code) from error
         except BaseException as error:
-            code = exit_code(error)
-            if code is None:
+            stopped = exit_code(error)
+            if stopped is None:
                 raise
             print_stopped(self.stopped if ctx.params.get("resume", True) else STOPPED)
-            raise typer.Exit(code) from error
+            raise typer.Exit(stopped) from error
+
+
+def _check_texts(values: Iterable[Any]) -> None:
+    """Raise PcrExportError for an argument whose bytes are no UTF-8: no library in C++ or Rust takes such a path or prompt."""
+    for value in values:
+        for text in map(str, value if isinstance(value, (list, tuple)) else [value]):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise PcrExportError(f"{text} is no UTF-8 text, which the libraries need: give it another name")
 
 
 class ResumingCommand(Command):

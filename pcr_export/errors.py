@@ -4,7 +4,15 @@ import errno
 
 FAILED = 1  # exit code where the machine is at fault: a disk, its memory
 FAULT = 70  # where a program is, as sysexits.h has it
-OUT_OF_MEMORY = ("not enough memory", "out of memory", "llocate memory", "bad_alloc", "bad allocation")
+OUT_OF_MEMORY = (
+    "not enough memory",
+    "out of memory",
+    "llocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "failed to map segment",
+    "start new thread",
+)
 
 
 class PcrExportError(Exception):
@@ -34,13 +42,14 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"{first_line(error)} ({type(error).__name__}): {what}", FAULT
 
 
-def is_short_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused; each library has words of its own for that."""
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or any(words in str(error) for words in OUT_OF_MEMORY)
-    )
+def is_short_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was refused, to a library that made another error of it, too; each has words of its own for that."""
+    while error is not None:
+        refused = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        if refused or any(words in str(error) for words in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class PcrExportWarning(UserWarning):

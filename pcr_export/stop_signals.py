@@ -102,9 +102,9 @@ def quiet_stderr() -> Iterator[None]:
 
 def exit_code(error: BaseException) -> int | None:
     """What the program ends with because it was asked to; None where `error` has another cause."""
-    if isinstance(error, KeyboardInterrupt) or _State.asked is not None:  # some libraries make another error of it
-        return 128 + (_State.asked or getattr(error, "number", signal.SIGINT))
-    return None
+    if _State.asked is not None:  # some libraries make another error of it
+        return 128 + _State.asked
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
 
 
 def print_stopped(line: str = STOPPED) -> None:

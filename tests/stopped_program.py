@@ -17,6 +17,7 @@ from qdiffbench.process_tree import descendants
 
 ROOT = Path(__file__).parents[1]
 MARK = "PCR_EXPORT_TEST"  # in the environment of everything that a program starts: also of what lost its parent
+STRAGGLERS = 5  # seconds for what ends by itself: a worker of Ray sees that its raylet is gone
 PATIENCE = 300  # seconds until a moment comes
 
 
@@ -95,6 +96,9 @@ class Program:
         started = time.monotonic() if started is None else started
         try:
             code = self.process.wait(patience)
+            late = time.monotonic() + STRAGGLERS
+            while self.running() and time.monotonic() < late:
+                time.sleep(0.05)
         finally:
             left = self.running()
             for pid in left:

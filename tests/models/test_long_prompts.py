@@ -91,7 +91,7 @@ def test_calibration_prompts_of_an_export_are_counted(tmp_path: Path) -> None:
 
 
 def test_the_warning_is_one_line_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from pcr_export.cli import _show_warning
+    from pcr_export.terminal import show_warning
 
-    _show_warning(None, PromptWarning("1 of 1 prompts"), PromptWarning)
+    show_warning(PromptWarning("1 of 1 prompts"), PromptWarning, __file__, 1)
     assert capsys.readouterr().err == "warning: 1 of 1 prompts\n"
