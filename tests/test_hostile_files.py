@@ -21,12 +21,12 @@ import pytest
 from models.tiny_pipelines import tiny_sd
 
 from pcr_export.cli import main
-from pcr_export.deploy.inspect_folder import inspect_folder
 from pcr_export.deploy.run import load_exported_model
 from pcr_export.deploy.signatures import check_signatures
 from pcr_export.engines.onnx_files import onnx_sha256
 from pcr_export.engines.onnxruntime import OnnxRuntimeEngine
 from pcr_export.errors import PcrExportError
+from pcr_export.manifest import write_manifest
 from pcr_export.models.catalog import resolve
 from pcr_export.models.load import load_float_pipeline
 from pcr_export.models.schedulers import check_walk, read_scheduler
@@ -34,6 +34,7 @@ from pcr_export.prompts import read_prompts
 from pcr_export.qdiffbench.images import read_images, write_png
 from pcr_export.qdiffbench.scores import _read_real_images
 from pcr_export.recipe import read_recipe
+from pcr_export.report import read_report
 from pcr_export.step_scales import read_step_scales
 
 GRAPH = """
@@ -99,7 +100,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "model/tokenizer/tokenizer.json": load,
     "model/tokenizer/tokenizer_config.json": load,
     "recipe.json": lambda path: read_recipe(path.parent),
-    "report.json": lambda path: inspect_folder(path.parent),
+    "report.json": lambda path: read_report(path.parent),
     "step_scales.safetensors": read_step_scales,
     "prompts.jsonl": read_prompts,
     "images/00000.png": first_images,
@@ -263,6 +264,7 @@ def test_a_scheduler_that_can_not_be(model: Path) -> None:
     for change in SCHEDULERS:
         path.write_text(good, "utf-8")
         edit(path, **change)
+        write_manifest(model)  # as whoever can change a file can
         with pytest.raises(PcrExportError) as refused:
             load_exported_model(model)
         assert "\n" not in str(refused.value), change
@@ -405,9 +407,11 @@ def test_a_token_without_a_vector(model: Path) -> None:
 
 def test_the_command_line_tells_one_line(model: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     replace_by(model / "report.json", "pipe")
+    write_manifest(model)
     monkeypatch.setattr(sys, "argv", ["pcr-export", "inspect", str(model)])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
+    assert "report.json is a pipe" in line
