@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, Required, TypedDict
 
 from msgspec import Meta
 
@@ -203,6 +203,34 @@ class Sensitivity(TypedDict):
     relax_bits: Bits
     base_error: float
     prompts: Count
+
+
+class StudyRow(Scores, total=False):
+    """A scheme, or what stands beside the schemes, in one domain."""
+
+    key: Required[str]
+    scheme: str
+    domain: str
+    eval_domain: str
+    bits: str
+    mean_activation_bits: float
+    relaxed_steps: Annotated[list[Step], Meta(max_length=10**4)]
+    simulated: bool
+    seed: int
+
+
+class Study(TypedDict, total=False):
+    """study.json; each list of rows is there where it was asked for."""
+
+    model: str
+    command: str | None
+    hardware: str | None
+    rows: list[StudyRow]
+    simulation: list[StudyRow]
+    calibration_sets: list[StudyRow]
+    scale_bars: list[StudyRow]
+    reference: dict[str, Scores]
+    protocol: dict[str, Any]
 
 
 class PerImage(TypedDict, total=False):

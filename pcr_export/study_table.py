@@ -24,8 +24,9 @@ from pcr_export.qdiffbench.painters import FloatPainter, UnetPainter, settings_o
 from pcr_export.qdiffbench.schemes import SCHEMES
 from pcr_export.qdiffbench.study_report import write_study_report
 from pcr_export.qdiffbench.workers import Workers, worker_processes
-from pcr_export.read_files import read_json
+from pcr_export.read_files import check_schema, read_json
 from pcr_export.recipe import Recipe
+from pcr_export.report_schema import Study as StudyFacts
 from pcr_export.request import CALIBRATION_PIXELS_PER_CALL
 from pcr_export.stages import Facts
 from pcr_export.study import Domain, Study, run_scheme, score, score_recipe
@@ -179,13 +180,12 @@ def _read_study(path: Path) -> Facts:
     """What an earlier run left, or nothing. Raises PcrExportError where the file is damaged or of another format."""
     if not path.exists():
         return {}
-    content = read_json(path)
+    content = read_json(path, advice="move it away")
     if content.get("format") != FORMAT:
         raise PcrExportError(
             f"{path} has study format {content.get('format')}, this version reads {FORMAT}: move it away"
         )
-    if not all(isinstance(row, dict) and isinstance(row.get("key"), str) for row in _all_rows(content)):
-        raise PcrExportError(f"{path} holds rows without a key, it is damaged: move it away")
+    check_schema(content, StudyFacts, path, advice="move it away")
     return content
 
 

@@ -106,7 +106,7 @@ def test_a_bad_file_is_refused_with_one_line(name, content, expected, tmp_path):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(PcrExportError, match="No such file"):
+    with pytest.raises(PcrExportError, match=r"none.json is missing: give a UTF-8 text"):
         read_prompts(tmp_path / "none.json")
 
 

@@ -99,7 +99,7 @@ def test_a_stopped_study_ends_with_the_same_rows(finished: tuple[StudyRequest, d
         ({"schemes": ("pcr-best",)}, "--schemes pcr-best is unknown: choose of static-minmax"),
         ({"images": 1}, "--images 1: a Frechet distance needs 2"),
         ({"steps": 0}, "--steps 0: give 1 or more"),
-        ({"in_domain_file": Path("nowhere.txt")}, "nowhere.txt can't be read"),
+        ({"in_domain_file": Path("nowhere.txt")}, "nowhere.txt is missing"),
     ],
 )
 def test_bad_requests_are_refused_before_a_model_is_loaded(

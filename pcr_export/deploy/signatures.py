@@ -9,9 +9,15 @@ from typing import Any
 from pcr_export.engines.engine_folder import tensorrt_onnx
 from pcr_export.engines.onnx_files import Ports, onnx_ports
 from pcr_export.errors import PcrExportError
+from pcr_export.models.part_schemas import ExportedTextConfig, UnetConfig, VaeConfig
 from pcr_export.read_files import read_json
 
 Wanted = Mapping[str, tuple[str, tuple[int | None, ...]]]  # name -> data type, and axes; None: of any size
+AGAIN = "export the folder again"
+SCHEMAS = {
+    **dict.fromkeys(("text_encoder", "text_encoder_2"), ExportedTextConfig),
+    **dict.fromkeys(("vae_encoder", "vae_decoder"), VaeConfig),
+}
 PICTURE_CHANNELS = 3  # where a VAE's configuration does not tell
 BATCHED_TEXT: tuple[str, tuple[int | None, ...]] = ("FLOAT", (None, None, None))
 
@@ -40,11 +46,12 @@ def check_signatures(folder: Path) -> list[str]:
 def _files(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     """The ONNX files, each with its configuration; None for the denoiser of a folder that is no diffusers pipeline's."""
     config = folder / "unet" / "config.json"
-    unet = read_json(config) if config.is_file() else None
+    unet = read_json(config, UnetConfig, advice=AGAIN) if config.exists() else None
     dialect = tensorrt_onnx(folder)
     files = [(folder / "unet" / "model.onnx", unet), *([(dialect, unet)] if dialect.is_file() else [])]
-    parts = (folder / name for name in ("text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder"))
-    return [*files, *((part / "model.onnx", read_json(part / "config.json")) for part in parts if part.is_dir())]
+    parts = [(folder / name, schema) for name, schema in SCHEMAS.items() if (folder / name).is_dir()]
+    others = ((part / "model.onnx", read_json(part / "config.json", schema, advice=AGAIN)) for part, schema in parts)
+    return [*files, *others]
 
 
 def _wanted(part: str, config: Mapping[str, Any]) -> tuple[Wanted, Wanted]:

@@ -267,7 +267,7 @@ def own_extractors(source: str | Path) -> OwnClip | None:
     if not (folder / "clip_vision" / "model.safetensors").is_file():
         return None
     vision, text, tokenizer = (folder / part for part in ("clip_vision", "text_encoder_2", "tokenizer_2"))
-    clip = Clip(vision, text, tokenizer, f"{folder.name}/clip_vision")
+    clip = _load_clip(vision, text, tokenizer, f"{folder.name}/clip_vision")
     return OwnClip(clip, load=partial(own_extractors, folder.resolve()))
 
 
@@ -293,7 +293,7 @@ def _load_real_nets(inception: Path | None, clip: str | Path) -> RealNets:
             f"{_torch_cache()}"
         ) from error
     load = partial(_load_real_nets, inception and inception.resolve(), _absolute(clip))
-    return RealNets(net, hash_file(weights), _load_clip(clip), lpips, load)
+    return RealNets(net, hash_file(weights), _load_whole_clip(clip), lpips, load)
 
 
 @contextmanager
@@ -313,12 +313,18 @@ def _absolute(clip: str | Path) -> str | Path:
     return Path(clip).resolve() if Path(clip).is_dir() else clip
 
 
-def _load_clip(clip: str | Path) -> Clip:
+def _load_whole_clip(clip: str | Path) -> Clip:
+    return _load_clip(clip, clip, clip, Path(clip).name if Path(clip).is_dir() else str(clip))
+
+
+def _load_clip(vision: str | Path, text: str | Path, tokenizer: str | Path, name: str) -> Clip:
     try:
-        return Clip(clip, clip, clip, name=Path(clip).name if Path(clip).is_dir() else str(clip))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        return Clip(vision, text, tokenizer, name)
+    except PcrExportError:
+        raise
+    except Exception as error:  # whatever damaged files make of transformers
         reason = first_line(error)
-        raise PcrExportError(f"CLIP {clip} can't be loaded ({reason}): give its folder with --clip") from error
+        raise PcrExportError(f"CLIP {vision} can't be loaded ({reason}): give its folder with --clip") from error
 
 
 def _inception_weights(given: Path | None) -> Path:

@@ -218,7 +218,7 @@ def test_an_unreadable_float_graph_is_refused(sdxl: Case, tmp_path: Path, conten
     path = tmp_path / "float.onnx"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(PcrExportError, match="export it again"):
+    with pytest.raises(PcrExportError, match="export the model again"):
         quantize_onnx(path, sdxl.scales, sdxl.layers, tmp_path / "out" / "model.onnx")
 
 
@@ -227,7 +227,7 @@ def test_missing_weights_are_refused(sdxl: Case, tmp_path: Path, size: int | Non
     (tmp_path / "model.onnx").write_bytes(sdxl.float_path.read_bytes())
     if size is not None:
         (tmp_path / "model.onnx_data").write_bytes(bytes(size))
-    with pytest.raises(PcrExportError, match="missing or cut short: export it again"):
+    with pytest.raises(PcrExportError, match=r"is (missing|.*cut short): export the model again"):
         quantize_onnx(tmp_path / "model.onnx", sdxl.scales, sdxl.layers, tmp_path / "out" / "model.onnx")
 
 
