@@ -20,15 +20,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")  # those for which every floor has a wheel
-SHORT = ("--bits", "w8a8", "--steps", "4", "--calib-size", "4", "--images", "4")
+SHORT = ("--bits", "w8a8", "--steps", "2", "--calib-size", "2", "--images", "2")
 PROMPT = "a red circle above a blue square"
 NEEDED_SOURCES = ("tensorrt-rtx", "tensorrt-rtx-cu13")  # small packages that name others, published as source alone
-EXTRAS = (
-    "cluster",
-    "fid",
-    "lora",
-    "rtx",
-)  # gpu replaces a plain dependency, tensorrt needs a GPU, bench and dev are for this tree
+# gpu replaces a plain dependency, tensorrt needs a GPU, bench and dev are for this tree
+EXTRAS = ("cluster", "fid", "lora", "rtx")
 
 FLOORS = """
 import sys
@@ -47,8 +43,7 @@ import sys
 import numpy as np
 from safetensors.numpy import save_file
 layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-width = int(sys.argv[2])
-down, up = np.full((2, width), 0.01, np.float32), np.full((width, 2), 0.01, np.float32)
+down, up = np.full((2, 96), 0.01, np.float32), np.full((96, 2), 0.01, np.float32)
 save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, sys.argv[1])
 """
 
@@ -108,15 +103,16 @@ def check_python(work: Path, version: str, python: str, uv: Path, wheel: Path) -
     step("generate", program, "generate", folder, PROMPT, "--seed", "1", "-o", work / "picture.png")
     step("inspect", program, "inspect", folder, says="scales by step")
     step("verify", program, "verify", folder)
-    evaluate = (program, "evaluate", folder, "--images", "4")
+    evaluate = (program, "evaluate", folder, "--images", "2")
     step("evaluate", *evaluate, says="PSNR")
-    step("without peft", *export, "--lora", __file__, says="pip install 'pcr-export[lora]'", code=2)
+    lora = work / "style.safetensors"
+    step("a LoRA", environment / "bin" / "python", "-c", LORA, lora)
+    step("lora: says what to install", *export, "--lora", lora, says="pip install 'pcr-export[lora]'", code=2)
     install(*EXTRAS)
     step("rtx: engine", *export, "--backend", "tensorrt-rtx", "--target", "sm89", says="sm89")
     step("cluster: workers", *evaluate, "--no-resume", "--workers", "2", says="PSNR")
-    step("lora: file", environment / "bin" / "python", "-c", LORA, work / "style.safetensors", "64")
-    step("lora: export", *export, "--no-validate", "--lora", f"{work / 'style.safetensors'}:0.5")
-    step("fid: says which file it lacks", *evaluate, "--inception", work / "absent.pth", says="absent.pth", code=2)
+    step("lora: export", *export, "--no-validate", "--lora", f"{lora}:0.5")
+    step("fid: says which file is missing", *evaluate, "--inception", work / "absent.pth", says="absent.pth", code=2)
 
 
 def check(work: Path, name: str, *command: str | Path, says: str = "", code: int = 0) -> None:
