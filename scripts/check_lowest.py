@@ -50,7 +50,7 @@ save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, sys.ar
 
 def main() -> None:
     """Build the wheel and check it on each Python."""
-    for number in (signal.SIGHUP, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
