@@ -26,7 +26,7 @@ def measure_memory(path: Path, inputs: Mapping[str, np.ndarray], threads: int) -
     """
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "inputs.npz"
-        np.savez(saved, allow_pickle=False, **dict(inputs))
+        np.savez(saved, **dict(inputs))
         command = child_command(__name__, str(path), str(saved), str(threads))
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment())
     if done.returncode:
