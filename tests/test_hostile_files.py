@@ -319,8 +319,8 @@ HOOKS: dict[str, Callable[[Path], object]] = {
     ),
     "an adapter": lambda model: (model / "text_encoder/adapter_config.json").write_text(json.dumps(ADAPTER)),
     "a distributed checkpoint": lambda model: [
-        (folder.mkdir(exist_ok=True), (folder / ".metadata").write_bytes(pickle.dumps(Loud())))
-        for folder in (model / "text_encoder", model / "text_encoder" / "distributed_checkpoint")
+        (model / "text_encoder" / name).write_bytes(pickle.dumps(Loud()))
+        for name in (".metadata", "shard-00000-model-00001-of-00001.safetensors")
     ],
     "a name of a type": lambda model: edit(model / "text_encoder/config.json", dtype="load", torch_dtype="load"),
     "code of a tokenizer": lambda model: (

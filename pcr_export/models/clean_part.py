@@ -1,7 +1,8 @@
 """A part of a pipeline folder as diffusers and transformers get it: a folder of its own that holds what is read, and nothing else.
 
-Both libraries look into a folder for more than a configuration and weights: an adapter_config.json names a base model on a hub, the
-`.metadata` of a distributed checkpoint is a pickle, a configuration names attention kernels to fetch. None of it gets here.
+Both libraries look into a folder for more than a configuration and weights: an adapter_config.json names a base model on a hub,
+shards of a distributed checkpoint stand in for the weights that were looked at, a configuration names attention kernels to fetch.
+None of it gets here.
 """
 
 from __future__ import annotations
