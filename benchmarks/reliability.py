@@ -30,6 +30,8 @@ TABLES = {
     "bad input": "tests/test_bad_days_input.py",
     "cache": "tests/test_bad_days_cache.py",
     "hostile folders": "tests/test_bad_days_hostile.py",
+    "hostile files": "tests/test_hostile_files.py",
+    "hostile texts": "tests/test_terminal.py",
     "signals": "tests/test_bad_days_signals.py",
     "fuzz": "tests/test_fuzz_folders.py",
     "floors": "tests/scripts/test_lowest.py",
@@ -48,7 +50,7 @@ def test_table(path: str, work: Path) -> list[dict[str, Any]]:
     for case in ElementTree.parse(report).iter("testcase"):
         bad = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
         lines = [each.get("value", "") for each in case.iter("property") if each.get("name") == "line"]
-        rows.append({"case": case.get("name"), "outcome": bad[0] if bad else "passed", "line": " ".join(lines)[:300]})
+        rows.append({"case": case.get("name"), "outcome": bad[0] if bad else "passed", "line": " ".join(lines)[:2000]})
     return rows
 
 

@@ -207,6 +207,8 @@ def compare(
     """Run both dialects of the UNet and, on a GPU, its engines on the same inputs: how far apart they are, and how fast."""
     with importing():
         from pcr_export.engines.compare import compare_folder, table_rows
+        from pcr_export.manifest import check_finished
+    check_finished(folder)
     print_rows(table_rows(compare_folder(folder, target or (), runs=runs, track=track)), str(folder))
 
 

@@ -83,21 +83,24 @@ def check_exported_folder(folder: Path) -> None:
 def check_finished(folder: Path) -> None:
     """Hold what an export wrote to its manifest, in milliseconds: small files by their bytes, large ones by their size.
 
-    What people add or change for a deployment is no matter here: engines, Triton's repository, images.
+    What people add, change or leave out for a deployment is no matter here: engines, Triton's repository, images, whole parts.
 
     Raises:
         PcrExportError: `folder` is no export's, its export has not ended, or a file of it is not as that export left it.
     """
     check_exported_folder(folder)
-    files = {name: each for name, each in read_manifest(folder).files.items() if _is_of_the_artifact(name)}
+    files = {name: each for name, each in read_manifest(folder).files.items() if _is_of_the_artifact(folder, name)}
     found = [fault for name, listed in files.items() if (fault := _damage(folder, name, listed, SMALL_BYTES))]
     if found:
         raise PcrExportError(f"{_few(folder, found)}: {_copy_again(folder)}")
 
 
-def _is_of_the_artifact(name: str) -> bool:
+def _is_of_the_artifact(folder: Path, name: str) -> bool:
+    """Whether every reader relies on a file; a part that was left out as a whole is missed by those alone that need it."""
     top, _, rest = name.partition("/")
-    return rest in ("config.json", *GRAPH_FILES) if top == "unet" else top not in ("triton", "images")
+    if top == "unet":
+        return rest in ("config.json", *GRAPH_FILES)
+    return top not in ("triton", "images") and (folder / top).exists()
 
 
 def write_manifest(folder: Path, image: StoredImage | None = None) -> Manifest:

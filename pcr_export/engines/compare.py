@@ -25,7 +25,7 @@ from pcr_export.engines.polygraphy_runs import (
 from pcr_export.engines.tensorrt_runner import NO_GPU, TensorRtEngine
 from pcr_export.engines.timing import time_engines
 from pcr_export.errors import PcrExportError
-from pcr_export.manifest import check_finished, update_manifest
+from pcr_export.manifest import update_manifest
 from pcr_export.progress import Track, silent
 from pcr_export.read_files import read_json
 from pcr_export.step_scales import StepScales, read_step_scales
@@ -91,7 +91,6 @@ def compare_folder(
         PcrExportError: the folder has no TensorRT dialect or no such engine, or is damaged. An engine that can't run is no error:
             its row says why.
     """
-    check_finished(folder)
     onnx_path = tensorrt_onnx(folder)
     if not onnx_path.is_file():
         raise PcrExportError(f"{folder} has no unet/tensorrt/model.onnx: export again with --backend tensorrt-rtx")

@@ -182,10 +182,10 @@ def test_damaged_recipe(copy: Path) -> None:
 
 
 def test_scheduler_must_be_one_of_diffusers(copy: Path) -> None:
-    path = copy / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({"_class_name": "DiffusionPipeline"}), "utf-8")
+    path = copy / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scheduler": ["diffusers", "DiffusionPipeline"]}))
     write_manifest(copy)
-    with pytest.raises(PcrExportError, match="DiffusionPipeline, which is no scheduler of diffusers"):
+    with pytest.raises(PcrExportError, match="has no scheduler DiffusionPipeline: choose another"):
         generate(copy, "a star")
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from pcr_export import cli
 from pcr_export.deploy.inspect_folder import inspect_folder
 from pcr_export.deploy.pipeline import load_pipeline
 from pcr_export.deploy.run import generate
 from pcr_export.deploy.triton_requests import load_served_model
 from pcr_export.deploy.verify import verify_folder
-from pcr_export.engines.compare import compare_folder
 from pcr_export.errors import PcrExportError
 from pcr_export.folder_lock import lock_file
 from pcr_export.manifest import NAME, check_finished
@@ -25,7 +25,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "inspect": inspect_folder,
     "evaluate": lambda folder: Evaluation(folder=folder).domains(),
     "Triton": lambda folder: load_served_model(folder, {}, lambda *_arguments: {}),
-    "compare": compare_folder,
+    "compare": lambda folder: cli.compare(folder, target=None, runs=1, verbose=False),
     "verify": lambda folder: list(verify_folder(folder, paint=False)),
 }
 

@@ -15,7 +15,7 @@ from exported_tiny_sdxl import ONE_THREAD
 from safetensors.numpy import save_file
 
 from pcr_export.errors import PcrExportError, PromptWarning
-from pcr_export.manifest import check_files, read_manifest
+from pcr_export.manifest import check_files, read_manifest, write_manifest
 from pcr_export.models.lora_file import LoraFile
 from pcr_export.qdiffbench.evaluate import Evaluation, evaluate_folder, table_rows
 from pcr_export.qdiffbench.features import find_extractors
@@ -91,6 +91,7 @@ def test_another_seed_and_another_artifact_paint_again_exactly_what_depends_on_t
     before = times(folder)
     recipe = read_recipe(folder)
     (folder / "recipe.json").write_text(replace(recipe, min_sqnr_db=1.0).to_json())  # of the artifact, not of the model
+    write_manifest(folder)
     judge(replace(evaluation))
     after = times(folder)
     assert {name for name in after if after[name] != before[name]} == {name for name in after if "/artifact/" in name}
@@ -130,8 +131,8 @@ def test_two_workers_give_the_figures_of_one(evaluation):
     [
         ({"images": 1}, "--images must be at least 2"),
         ({"real": Path("none")}, "--real none is no folder"),
-        ({"folder": Path("none")}, "no recipe.json, so it is no exported folder"),
-        ({"prompts": [Path("none.csv")]}, "No such file"),
+        ({"folder": Path("none")}, "none is no folder: give one that an export wrote"),
+        ({"prompts": [Path("none.csv")]}, "none.csv is missing"),
         ({"model": "nobody-knows-it"}, "unknown model"),
     ],
 )
