@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shlex
@@ -55,27 +56,30 @@ def last_command(folder: Path) -> str:
 
 
 def _open_lock(folder: Path) -> TextIO:
-    """The lock's file, made where it is missing. What lies there is opened only where it is a file of this folder alone."""
+    """The lock's file, made where it is missing. A link that lies there, as in the hub's cache, a pipe and the like make way for it."""
     path = lock_file(folder)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(path, flags, 0o666), "a+", encoding="utf-8", errors="replace")
+        _make_way(path)
+        return os.fdopen(os.open(path, flags, 0o666), "a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise PcrExportError(_not_ours(path)) from error
         raise PcrExportError(
-            f"--out: {folder} can't be written to ({error.strerror}): choose another folder"
+            f"--out: {folder} can't be written to ({path.name}: {error.strerror}): choose another folder"
         ) from error
-    found = os.fstat(file.fileno())
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        file.close()
-        raise PcrExportError(_not_ours(path))
-    return file
 
 
-def _not_ours(path: Path) -> str:
-    return f"{path} is no file of this folder alone, and nothing is written through it: remove it"
+def _make_way(path: Path) -> None:
+    """Remove what lies at `path` unless it is a file of this folder alone. One process at a time, so that none removes another's lock."""
+    place = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks lock no folders
+            fcntl.flock(place, fcntl.LOCK_EX)
+        found = path.lstat() if os.path.lexists(path) else None
+        if found is not None and not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
+            path.unlink()
+    finally:
+        os.close(place)
 
 
 def _holder(folder: Path) -> str:

@@ -15,6 +15,7 @@ from models.tiny_pipelines import tiny_sd, tiny_sdxl
 from PIL import Image
 
 from pcr_export.cli import main
+from pcr_export.manifest import write_manifest
 from pcr_export.models.catalog import resolve
 from pcr_export.models.load import load_float_pipeline
 
@@ -165,6 +166,9 @@ def test_an_engine_size_between_two_latents(sdxl_folder, tmp_path, monkeypatch, 
 
 
 def test_a_folder_without_engines(tmp_path, monkeypatch, capsys):
+    assert "is no exported folder" in refused(monkeypatch, capsys, "compare", tmp_path)
+    (tmp_path / "recipe.json").write_text("{}")
+    write_manifest(tmp_path)
     assert "export again with --backend tensorrt-rtx" in refused(monkeypatch, capsys, "compare", tmp_path)
 
 

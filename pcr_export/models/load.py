@@ -164,11 +164,16 @@ def _read_part(folder: Path, name: str, named: Sequence[str]) -> torch.nn.Module
     kind = CLIPTextConfig if library == "transformers" else network_class
     with clean_part(folder / name, kind, weight_files(folder, name)) as clean:
         try:
-            return read_weights(
+            part = read_weights(
                 network_class, clean, folder / name, variant=part_variant(folder, name), local_files_only=True
             )
         except OSError as error:
             raise OSError(str(error).replace(str(clean), str(folder / name))) from error
+    if library == "diffusers":
+        part.register_to_config(_name_or_path=str(folder / name))  # not the folder that is gone
+    else:
+        part.config._name_or_path = part.name_or_path = str(folder / name)
+    return part
 
 
 def _check_vocabulary(folder: Path, tokenizer: Any, encoder: Any) -> None:

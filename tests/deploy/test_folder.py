@@ -110,7 +110,8 @@ def test_configs_that_optimum_reads(sdxl: ExportedFolder) -> None:
 def test_the_unet_alone_takes_the_place_of_a_whole_folder(sdxl: ExportedFolder, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sdxl.folder, tmp_path / "copy"))
     write_unet_folder(sdxl.model.pipeline, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["model_index.json", "scheduler", "unet"]
+    there = sorted(path.name for path in folder.iterdir())
+    assert there == ["manifest.json", "model_index.json", "scheduler", "unet"]  # the first one is of the whole folder
     assert all(path.is_file() for path in unet_files(folder))
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     absent = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")

@@ -32,7 +32,10 @@ def test_latency_is_in_milliseconds(path: Path) -> None:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PcrExportError, match="export the model first"), OnnxRuntimeEngine(tmp_path / "model.onnx"):
+    with (
+        pytest.raises(PcrExportError, match=r"model.onnx is missing: export the model again"),
+        OnnxRuntimeEngine(tmp_path / "model.onnx"),
+    ):
         pass
 
 
