@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,8 @@ def measure_memory(path: Path, inputs: Mapping[str, np.ndarray], threads: int) -
     """
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "inputs.npz"
-        np.savez(saved, **dict(inputs))
+        arrays: dict[str, Any] = dict(inputs)
+        np.savez(saved, **arrays)
         command = child_command(__name__, str(path), str(saved), str(threads))
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment())
     if done.returncode:

@@ -164,7 +164,7 @@ def _read_part(folder: Path, name: str, named: Sequence[str]) -> torch.nn.Module
     kind = CLIPTextConfig if library == "transformers" else network_class
     with clean_part(folder / name, kind, weight_files(folder, name)) as clean:
         try:
-            part = read_weights(
+            part: Any = read_weights(
                 network_class, clean, folder / name, variant=part_variant(folder, name), local_files_only=True
             )
         except OSError as error:
