@@ -111,8 +111,8 @@ def check_python(work: Path, version: str, python: str, uv: Path, wheel: Path) -
     install(*EXTRAS)
     step("rtx: engine", *export, "--backend", "tensorrt-rtx", "--target", "sm89", says="sm89")
     step("cluster: workers", *evaluate, "--no-resume", "--workers", "2", says="PSNR")
-    step("lora: export", *export, "--no-validate", "--lora", f"{lora}:0.5")
     step("fid: says which file is missing", *evaluate, "--inception", work / "absent.pth", says="absent.pth", code=2)
+    step("lora: export", *export, "--no-validate", "--lora", f"{lora}:0.5")
 
 
 def check(work: Path, name: str, *command: str | Path, says: str = "", code: int = 0) -> None:
