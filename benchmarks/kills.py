@@ -245,18 +245,28 @@ def watch_operations(folder: Path, told: Callable[[int, str], None]) -> None:
     sys.addaudithook(hook)
 
 
-def count_operations(folder: Path, run: Callable[[], object]) -> list[str]:
-    """Run it undisturbed; the operations that it made."""
-    listing = folder / "operations.txt"
+def look_before_operations(folder: Path, run: Callable[[], object], *, keep: bool) -> list[tuple[str, Path]]:
+    """Run it undisturbed; its operations, and for each the copy of OUT as it lay before it, which is what a kill there leaves.
+
+    Args:
+        keep: False: nothing is copied.
+    """
+    listing, copies = folder / "operations.txt", folder / "copies"
 
     def before() -> None:
         log = listing.open("a", encoding="utf-8")
-        watch_operations(OUT, lambda _number, words: print(words, file=log, flush=True))
+
+        def told(number: int, words: str) -> None:
+            print(words, file=log, flush=True)
+            if keep and OUT.exists():
+                shutil.copytree(OUT, copies / f"{number:04d}" / OUT, symlinks=True)
+
+        watch_operations(OUT, told)
 
     code, _ = run_in(folder, run, before=before)
     if code != 0:
         raise SystemExit(f"it fails undisturbed: see {folder / 'log.txt'}")
-    return listing.read_text("utf-8").splitlines()
+    return [(words, copies / f"{number:04d}") for number, words in enumerate(listing.read_text("utf-8").splitlines())]
 
 
 def killed_at(number: int) -> Callable[[], None]:
@@ -270,59 +280,58 @@ def killed_at(number: int) -> Callable[[], None]:
 
 
 def operation_table(work: Path, only: Sequence[str], every: int) -> list[dict[str, Any]]:
-    """A row for each command: killed before every `every`th file operation, what each reader then made of it, and how the resume ended."""
+    """A row for each command: what every reader makes of the folder as it lies before each file operation; and killed before every
+    `every`th of them, how the resume ended."""
     rows = []
     for command in commands(work):
-        if only and command.name not in only:
-            continue
-        place = work / "operations" / command.name
-        start = place / "before"
-        start.mkdir(parents=True)
-        if command.before is not None:
-            code, _ = run_in(start, command.before)
-            if code != 0:
-                raise SystemExit(f"{command.name} can't be prepared: see {start / 'log.txt'}")
-        whole = place / "whole"
-        shutil.copytree(start, whole, symlinks=True)
-        operations = count_operations(whole, command.run)
-        expected = contents(whole / OUT)
-        known = {
-            name: {OF_BEFORE: read_in(start, reader), OF_AFTER: read_in(whole, reader)}
-            for name, reader in command.readers.items()
-        }
-        row: dict[str, Any] = {"command": command.name, "operations": len(operations), "kills": []}
-        for number in range(0, len(operations), every):
-            folder = place / f"kill-{number:04d}"
-            shutil.copytree(start, folder, symlinks=True)
-            killed, _ = run_in(folder, command.run, before=killed_at(number))
-            said = {name: verdict(read_in(folder, reader), known[name]) for name, reader in command.readers.items()}
-            code, _ = run_in(folder, command.run)
-            differ = differences(folder / OUT, expected) if code == 0 else ["the resumed run failed"]
-            kill = {
-                "before": operations[number],
-                "killed": killed == -signal.SIGKILL,
-                "readers": said,
-                "differ": differ,
-            }
-            row["kills"].append(kill)
-            if differ or OF_NEITHER in said.values():
-                print(command.name, kill, flush=True)
-            else:
-                shutil.rmtree(folder)
-        rows.append(row)
-        print(operation_line(row), flush=True)
+        if not only or command.name in only:
+            rows.append(_at_operations(work / "operations" / command.name, command, every))
+            print(operation_line(rows[-1]), flush=True)
     return rows
+
+
+def _at_operations(place: Path, command: Command, every: int) -> dict[str, Any]:
+    start, whole = place / "before", place / "whole"
+    start.mkdir(parents=True)
+    if command.before is not None and run_in(start, command.before)[0] != 0:
+        raise SystemExit(f"{command.name} can't be prepared: see {start / 'log.txt'}")
+    shutil.copytree(start, whole, symlinks=True)
+    operations = look_before_operations(whole, command.run, keep=bool(command.readers))
+    readers = {
+        name: (reader, read_in(start, reader), read_in(whole, reader)) for name, reader in command.readers.items()
+    }
+    row: dict[str, Any] = {"command": command.name, "operations": len(operations), "looks": [], "kills": []}
+    for words, folder in operations:
+        if not (folder / OUT).exists():
+            continue
+        said = {name: verdict(read_in(folder, each[0]), *each[1:]) for name, each in readers.items()}
+        row["looks"].append({"before": words, "readers": said})
+        if OF_NEITHER in said.values():
+            print(command.name, row["looks"][-1], folder, flush=True)
+        else:
+            shutil.rmtree(folder)
+    expected = contents(whole / OUT)
+    for number in range(0, len(operations), every):
+        folder = place / f"kill-{number:04d}"
+        shutil.copytree(start, folder, symlinks=True)
+        killed, _ = run_in(folder, command.run, before=killed_at(number))
+        code, _ = run_in(folder, command.run)
+        differ = differences(folder / OUT, expected) if code == 0 else ["the resumed run failed"]
+        row["kills"].append({"before": operations[number][0], "killed": killed == -signal.SIGKILL, "differ": differ})
+        if differ:
+            print(command.name, row["kills"][-1], folder, flush=True)
+        else:
+            shutil.rmtree(folder)
+    return row
 
 
 def operation_line(row: Mapping[str, Any]) -> str:
     """A row in words."""
-    kills = row["kills"]
-    said = [word for kill in kills for word in kill["readers"].values()]
+    kills, said = row["kills"], [word for look in row["looks"] for word in look["readers"].values()]
     counts = ", ".join(f"{said.count(word)} {word}" for word in (REFUSED, OF_BEFORE, OF_AFTER, OF_NEITHER))
-    other = sum(1 for kill in kills if kill["differ"])
     return (
-        f"  {row['command']}: {row['operations']} operations, killed at {sum(kill['killed'] for kill in kills)}; "
-        f"readers: {counts}; resumes with other bytes: {other}"
+        f"  {row['command']}: {row['operations']} operations; readers: {counts}; "
+        f"killed at {sum(kill['killed'] for kill in kills)} of them, resumes with other bytes: {sum(1 for kill in kills if kill['differ'])}"
     )
 
 
@@ -345,11 +354,11 @@ def read_in(folder: Path, reader: Callable[[Path], bytes]) -> bytes | None:
     return content[1:] if content[:1] == b"+" else None
 
 
-def verdict(found: bytes | None, known: Mapping[str, bytes | None]) -> str:
+def verdict(found: bytes | None, before: bytes | None, after: bytes | None) -> str:
     """Whose artifact a reader met."""
     if found is None:
         return REFUSED
-    return next((name for name, content in known.items() if content == found), OF_NEITHER)
+    return OF_BEFORE if found == before else OF_AFTER if found == after else OF_NEITHER
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,8 +3,8 @@
     python benchmarks/reliability.py --kills 50 --json benchmarks/results/reliability.json
 
 Two tables are of kills (kills.py). At a random moment of the undisturbed run's duration, or before one of its file operations, a
-command gets SIGKILL; at file operations every reader then looks at the folder; then the same command runs to its end, and every file
-of its folder is compared with the undisturbed run's, byte by byte.
+command gets SIGKILL; then the same command runs to its end, and every file of its folder is compared with the undisturbed run's, byte by
+byte. Every reader looks at the folder as it lies before each file operation.
 
 The other tables are the tests of tests/test_bad_days_*.py and of some slow tests beside them, with the line that each of them ended in.
 """
@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50, help="in all")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="where the tables go")
-    parser.add_argument("--every", type=int, default=1, help="of the file operations, one of so many is killed at")
+    parser.add_argument(
+        "--every", type=int, default=1, help="of the file operations, it is killed before one of so many"
+    )
     parser.add_argument("--commands", nargs="*", default=[], help="that are killed at file operations; none: all")
     names = ["kills", "operations", *TABLES]
     parser.add_argument("--tables", nargs="*", default=names, help="these alone; others stay as the file has them")
@@ -103,7 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     kills = [each for name in ("kills", "operations") for row in result.get(name, []) for each in row["kills"]]
-    wrong = [each for each in kills if each["differ"] or OF_NEITHER in each.get("readers", {}).values()]
+    looks = [each for row in result.get("operations", []) for each in row["looks"]]
+    wrong = [each for each in kills if each["differ"]] + [
+        each for each in looks if OF_NEITHER in each["readers"].values()
+    ]
     failed = [row for name in TABLES for row in result.get(name, []) if row["outcome"] in ("failure", "error")]
     return 1 if wrong or failed else 0
 

@@ -23,7 +23,6 @@ from pcr_export.export_results import after_forgetting_report, forget_report
 from pcr_export.export_validation import validate_artifact
 from pcr_export.folder_lock import hold_folder
 from pcr_export.manifest import STORED_IMAGE, StoredImage, write_manifest
-from pcr_export.models.catalog import read_json
 from pcr_export.models.denoiser import Inputs, sample
 from pcr_export.models.hash_weights import hash_weights
 from pcr_export.models.load import LoadedModel, load_model
@@ -43,6 +42,7 @@ from pcr_export.qdiffbench.images import (
 from pcr_export.qdiffbench.painters import FolderPainter, Paint, engine_call, paint_with
 from pcr_export.qdiffbench.scores import measure_scores, write_scores
 from pcr_export.qdiffbench.workers import Workers
+from pcr_export.read_files import read_json
 from pcr_export.recipe import Recipe
 from pcr_export.request import PART_FORMS, ExportRequest
 from pcr_export.stages import Facts, Key, key_hash

@@ -100,7 +100,7 @@ def _is_of_the_artifact(folder: Path, name: str) -> bool:
     top, _, rest = name.partition("/")
     if top == "unet":
         return rest in ("config.json", *GRAPH_FILES)
-    return top not in ("triton", "images") and (folder / top).exists()
+    return top not in ("triton", "images") and (not rest or (folder / top).exists())
 
 
 def write_manifest(folder: Path, image: StoredImage | None = None) -> Manifest:

@@ -87,15 +87,25 @@ def test_serving_table_is_the_benchmarks():
 
 
 def test_bad_days_are_the_benchmarks():
-    result = json.loads((RESULTS / "reliability.json").read_text())
+    result, page = (
+        json.loads((RESULTS / "reliability.json").read_text()),
+        (ROOT / "docs" / "reliability.md").read_text(),
+    )
     for row in result["kills"]:
         counts = [sum(1 for kill in row["kills"] if kill[name]) for name in ("killed", "half_written", "differ")]
         figures = " | ".join(map(str, (row["seconds"], len(row["kills"]), *counts)))
-        assert f"| {row['command']} | {figures} |" in README
+        assert f"| {row['command']} | {figures} |" in page
         assert counts[-1] == 0
-    for name in ("disk", "concurrency", "bad input", "cache"):
+    for row in result["operations"]:
+        said = [word for look in row["looks"] for word in look["readers"].values()]
+        looks = [len(said), *(said.count(word) for word in ("refused", "of before", "of after", "of neither"))]
+        differ = sum(1 for kill in row["kills"] if kill["differ"])
+        figures = " | ".join(map(str, (row["operations"], *looks, len(row["kills"]), differ)))
+        assert f"| {row['command']} | {figures} |" in page
+        assert looks[-1] == differ == 0
+    for name in set(result) - {"kills", "operations"}:
         passed = sum(row["outcome"] == "passed" for row in result[name])
-        assert f"| {name} | {len(result[name])} | {passed} |" in README
+        assert f"| {name} | {len(result[name])} | {passed} |" in page
 
 
 def test_gptq_at_full_size_is_the_benchmarks():

@@ -32,15 +32,15 @@ SAMPLING = ("--steps", 2, "--calib-size", 2, "--height", 16, "--width", 16, "--n
 # command -> its arguments in the folder, the files that it reads, how many changes are tried, seconds that it may take
 SETTINGS = ("*.json", "step_scales.safetensors", "scheduler/*", "tokenizer*/*", "*/config.json")
 EXPORTED = {
-    "inspect": (("inspect", "folder"), ("*.json", "step_scales.safetensors", "unet/*.json"), 250, 30),
-    "verify": (("verify", "folder"), (*SETTINGS, "*/*.onnx*", "unet/*.json", "unet/tensorrt/*"), 150, 90),
-    "generate": (("generate", "folder", "a red cat", "-o", "out.png"), (*SETTINGS, "*/model.onnx*"), 200, 90),
-    "evaluate": (("evaluate", "folder", "--prompts", "p.txt", "--model", "model"), SETTINGS, 30, 180),
-    "compare": (("compare", "folder"), ("*.safetensors", "unet/*.json", "unet/*.onnx", "unet/*/model.onnx*"), 40, 90),
+    "inspect": (("inspect", "folder"), ("*.json", "step_scales.safetensors", "unet/*.json"), 150, 30),
+    "verify": (("verify", "folder"), (*SETTINGS, "*/*.onnx*", "unet/*.json", "unet/tensorrt/*"), 60, 90),
+    "generate": (("generate", "folder", "a red cat", "-o", "out.png"), (*SETTINGS, "*/model.onnx*"), 80, 90),
+    "evaluate": (("evaluate", "folder", "--prompts", "p.txt", "--model", "model"), SETTINGS, 12, 180),
+    "compare": (("compare", "folder"), ("*.safetensors", "unet/*.json", "unet/*.onnx", "unet/*/model.onnx*"), 16, 90),
 }
 SOURCE = {
-    "export --dry-run": (("export", "folder", "--dry-run", *SAMPLING), ("*.json",), 20, 60),
-    "export": (("export", "folder", "--out", "out", *SAMPLING), ("**/*",), 120, 180),
+    "export --dry-run": (("export", "folder", "--dry-run", *SAMPLING), ("*.json",), 16, 60),
+    "export": (("export", "folder", "--out", "out", *SAMPLING), ("**/*",), 24, 180),
 }
 
 
