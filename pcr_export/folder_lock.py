@@ -44,7 +44,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
             ) from error
         sweep(folder)
         file.truncate(0)
-        file.write(f"{os.getpid()} {shlex.join(map(os.path.basename, sys.argv[:1]))} {shlex.join(sys.argv[1:])}\n")
+        file.write(f"{os.getpid()} {_program()} {shlex.join(sys.argv[1:])}\n")
         file.flush()
         yield
         file.truncate(0)
@@ -53,6 +53,11 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def last_command(folder: Path) -> str:
     """The command that holds the folder, or the last one to hold it where that was stopped or failed; empty where none is known."""
     return _read_lock(folder).partition(" ")[2]
+
+
+def _program() -> str:
+    path = Path(sys.argv[0])
+    return f"python -m {path.parent.name}" if path.name == "__main__.py" else shlex.quote(path.name)
 
 
 def _open_lock(folder: Path) -> TextIO:
