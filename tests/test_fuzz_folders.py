@@ -104,20 +104,11 @@ def report(outcomes: Counter[tuple[str, str]]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", EXPORTED)
-def test_an_exported_folder(command: str, exported: Path, tmp_path: Path, record_property: Callable) -> None:
+@pytest.mark.parametrize("command", [*EXPORTED, *SOURCE])
+def test_a_changed_folder(command: str, exported: Path, tmp_path: Path, record_property: Callable) -> None:
     model = exported.parents[1] / "models" / "random"
-    outcomes, faults = fuzz(exported, model, tmp_path / "work", command, EXPORTED)
-    record_property("line", report(outcomes))
-    print(command, report(outcomes))
-    assert not faults, "\n".join(faults)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", SOURCE)
-def test_a_pipeline_folder(command: str, exported: Path, tmp_path: Path, record_property: Callable) -> None:
-    model = exported.parents[1] / "models" / "random"
-    outcomes, faults = fuzz(model, model, tmp_path / "work", command, SOURCE)
+    folder, table = (exported, EXPORTED) if command in EXPORTED else (model, SOURCE)
+    outcomes, faults = fuzz(folder, model, tmp_path / "work", command, table)
     record_property("line", report(outcomes))
     print(command, report(outcomes))
     assert not faults, "\n".join(faults)
